@@ -16,15 +16,19 @@ cross-attention, and it is the one new idea here (Vaswani et al. 2017, "Attentio
                        every layer)    four  zero seven <EOS>         says
 
 It learns here:  to read `4 0 7` and write `four zero seven <EOS>`. Source and target have their own positions, so word
-2 looks for digit 2: no counting across a <SEP>. It learns in the fewest steps of the three.
+2 looks for digit 2: no counting across a <SEP>. It has twice the weights of the other two, for two stacks.
 
 Also here:  beam search, step by step as a table, and the cross-attention that lines words up with digits.
 
-Run it:     python encoder_decoder.py        (about 20 seconds on one CPU core)
+Run it:     python encoder_decoder.py        (about 13 seconds on one CPU core)
 
 The last lines should be close to:
 
-@@LAST_ED@@
+    Result on 599 unseen sequences
+      next word, given the right ones before it (teacher forcing)   accuracy    100.0%
+      digits to words, written freely until <EOS>, greedy           exact match 100.0%
+      the same with beam search, width 3                            exact match 100.0%
+    saved checkpoints/encoder_decoder.pt
 
 READING ORDER   positions -> attention -> feed-forward -> encoder layer -> causal mask and cache -> decoder layer (what
                 is new) -> choosing a token -> model, `generate`, `beam_search` -> training -> main
@@ -51,26 +55,26 @@ from toy_dataset import (CHECKPOINTS, EOS, IGNORE_INDEX, PAD, SOS, VOCABULARY, I
 # =====================================================================================
 
 # =====================================================================================
-# CONSTANTS - change one, run again
+# CONSTANTS - change one, run again. What a "Try" gives is the exact match at the end, measured with SEED 0 and 1.
 # =====================================================================================
 # The model
-D_MODEL = 64             # width of a token's vector. Try 16.
-NUM_HEADS = 4            # must divide D_MODEL. Try 1.
-NUM_LAYERS = 2           # in the encoder, and as many in the decoder. Try 1: with cross-attention it may do.
-D_FF = 256               # inner width of the feed-forward; 4 * D_MODEL since 2017. Try 64.
-DROPOUT = 0.0            # Try 0.1, the papers' value: a model this small then needs many times the steps.
+D_MODEL = 64             # width of a token's vector. Try 16: 0.2 % with one seed, 100 % with the other.
+NUM_HEADS = 4            # must divide D_MODEL. Try 1: 99.8 to 100 %.
+NUM_LAYERS = 2           # in the encoder, and as many in the decoder. Try 1: 100 %; cross-attention needs no more.
+D_FF = 256               # inner width of the feed-forward; 4 * D_MODEL since 2017. Try 64: 99.8 to 100 %.
+DROPOUT = 0.0            # share of activations set to 0 in training. Try 0.1: 99.8 %; 0.3: 99 %.
 # The task
-NUM_SAMPLES = 6000       # distinct sequences, training and validation together. Try 1000.
-MAX_DIGITS = 5           # longest sequence. Try 8, with more epochs.
+NUM_SAMPLES = 6000       # distinct sequences, training and validation together. Try 1000: 99 to 100 %; 300: 0 to 3 %.
+MAX_DIGITS = 5           # longest sequence. Try 8: 99.8 %.
 # The training
-BATCH_SIZE = 64          # rows per step. Try 256 with LEARNING_RATE 6e-3.
-LEARNING_RATE = 3e-3     # peak. Try 1e-4, usual for models a thousand times this size: it hardly moves.
-WARMUP_STEPS = 40        # steps from 0 to the peak. Try 0.
-CLIP_NORM = 1.0          # longest gradient that a step may follow. Try 100: no clipping.
-NUM_EPOCHS = 6           # passes over the training data, 85 steps each. Try 2.
+BATCH_SIZE = 64          # rows per step. Try 256: a quarter of the steps, 99.7 to 99.8 %.
+LEARNING_RATE = 3e-3     # at its peak. Try 1e-4, usual for far larger models: 99.8 %, later. Try 3e-2: 0 to 1 %.
+WARMUP_STEPS = 40        # steps in which the rate climbs to its peak. Try 0: 100 %; pre-norm does not need it here.
+CLIP_NORM = 1.0          # longest gradient that a step may follow. Try 100.0, no clipping: 100 %.
+NUM_EPOCHS = 6           # passes over the training data, 85 steps each. Try 2: 99.8 to 100 %; 1: 99.8 %.
 # Writing
-BEAM_WIDTH = 3           # hypotheses that the demonstration keeps alive. Try 1: greedy.
-LENGTH_PENALTY = 1.0     # 0 compares plain log-probabilities, which favours short answers. Try 0, then 3.
+BEAM_WIDTH = 3           # hypotheses that beam search follows side by side. Try 1: greedy.
+LENGTH_PENALTY = 1.0     # 0.0 compares plain log-probabilities, which favours short answers.
 # The run
 SEED = 0                 # weights and data. Try 1: every claim should survive it.
 DEVICE = "cpu"           # or "cuda", "mps". At this size a GPU mostly waits for the next small kernel.
@@ -96,6 +100,8 @@ class PositionalEncoding(nn.Module):
 
     def __init__(self, d_model, max_len):
         super().__init__()
+        if d_model % 2:
+            raise InputError(f"d_model={d_model} must be even: positions come as pairs of sine and cosine")
         position = torch.arange(max_len).unsqueeze(1)                                    # (max_len, 1)
         # 10000^(-2i/D), through the logarithm: one multiplication and one exp instead of a power.
         frequency = torch.exp(torch.arange(0, d_model, 2) * (-math.log(10000.0) / d_model))  # (D/2,)
@@ -117,12 +123,13 @@ class PositionalEncoding(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """Every position asks all others a question and takes home a mixture of their answers.
+    """Every position asks the positions it may see, itself included, and takes home a mixture of their answers.
 
-        attention(Q, K, V) = softmax(Q K^T / sqrt(K)) V        Vaswani et al. 2017, section 3.2
+        attention(q, k, v) = softmax(q k^T / sqrt(K)) v        Vaswani et al. 2017, section 3.2; K = D / H
 
-    A query says what a position looks for, a key what a position has to offer, a value what it hands over. The scores
-    Q K^T compare each query with each key; softmax turns a row of scores into weights that sum to 1.
+    A query q says what a position looks for, a key k what a position has to offer, a value v what it hands over. The
+    scores q k^T compare each query with each key; softmax turns a row of scores into weights that sum to 1. All three
+    are learned projections of the same vectors: what a token asks need not be what it answers.
 
     Several heads do this side by side, each in its own slice of K = D / H dimensions: one softmax can point at one
     place well, four can point at four. They cost no more than one head of full width.
@@ -133,6 +140,8 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, d_model, num_heads, dropout=0.0):
         super().__init__()
+        if num_heads < 1 or d_model % num_heads:
+            raise InputError(f"num_heads={num_heads} does not divide d_model={d_model}: use a divisor, such as 1 or 2")
         self.num_heads = num_heads
         self.head_dim = d_model // num_heads
         self.dropout = dropout
@@ -145,7 +154,8 @@ class MultiHeadAttention(nn.Module):
         """(B, S, D) -> (B, H, S, K): the D dimensions of each token are cut into H slices of K."""
         # subtle: view to (B, S, H, K) first, then swap. view(B, H, S, K) has the right shape too and runs, but it
         # mixes the dimensions of one token with those of the next.
-        return x.view(x.size(0), x.size(1), self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, S, K)
+        heads = x.view(x.size(0), x.size(1), self.num_heads, self.head_dim)              # (B, S, H, K)
+        return heads.transpose(1, 2)                                                     # (B, H, S, K)
 
     def keys_values(self, x):
         """x (B, S, D), the positions that can be looked at -> their keys and values, each (B, H, S, K).
@@ -158,7 +168,7 @@ class MultiHeadAttention(nn.Module):
         """x (B, T, D) asks; keys and values (B, H, S, K) answer; mask broadcasts to (B, H, T, S), True = may attend.
 
         Returns (B, T, D) and the weights (B, H, T, S), taken before dropout, or None in place of them.
-        A row of the mask that allows nothing takes home zeros.
+        A row of the mask that allows nothing gathers zeros, of which w_o makes its bias; never NaN.
         """
         queries = self.split_heads(self.w_q(x))                                          # (B, H, T, K)
         if need_weights:
@@ -188,8 +198,10 @@ class MultiHeadAttention(nn.Module):
 class FeedForward(nn.Module):
     """What each position does with what it has gathered: widen, bend, narrow. The same for all, none sees another.
 
-    Source: Vaswani et al. 2017, section 3.3; with GELU (Hendrycks and Gimpel 2016) as in BERT and GPT-2, not ReLU.
-    Without the bend in between, two matrices in a row are one matrix.
+        feed_forward(x) = narrow(GELU(widen(x)))               Vaswani et al. 2017, section 3.3
+
+    Without the bend in between, two matrices in a row are one matrix. GELU (Hendrycks and Gimpel 2016) as in BERT and
+    GPT-2, where the 2017 paper and T5 have ReLU. Two thirds of a layer's weights sit here: 8 D^2 of 12 D^2.
     """
 
     def __init__(self, d_model, d_ff, dropout=0.0):
@@ -229,7 +241,8 @@ class EncoderLayer(nn.Module):
         normed = self.norm1(x)                                                           # (B, S, D)
         # *Self*-attention: queries, keys and values all come from the same positions.
         attended, weights = self.attention(normed, *self.attention.keys_values(normed), mask, need_weights)
-        # subtle: add to x, not to `normed`. It trains either way, only worse, and nothing crashes.
+        # subtle: add to x, not to `normed`. With that mistake the straight road is normed away at every layer; two layers
+        # still learn this task, so no curve gives it away. A test against PyTorch's own layer does.
         x = x + self.dropout(attended)                                                   # (B, S, D)
         x = x + self.dropout(self.feed_forward(self.norm2(x)))                           # (B, S, D)
         return x, weights
@@ -250,11 +263,11 @@ def causal_mask(queries, keys, device=None):
 class KeyValueCache:
     """The keys and values of every token so far, for one attention layer, so that none is computed twice.
 
-    Causal attention makes this exact and not an approximation: a token's key and value depend on earlier tokens only,
-    so later ones cannot change them. Writing token n then costs one row of work where it cost n.
+    Causal attention makes this exact and not an approximation: a token's key and value depend on it and on earlier
+    tokens, so later ones cannot change them. To write token n, one row goes through the layers where n did; only its
+    attention still looks at n keys. The price is memory: 2 * layers * D numbers for every token of every row.
 
-    The memory is taken at once. Growing it token by token with torch.cat copies everything at every step, which makes
-    writing n tokens cost n^2 copies.
+    That memory is taken at once. Growing it token by token with torch.cat copies everything at every step.
     """
 
     def __init__(self, batch_size, attention, max_len):
@@ -297,11 +310,12 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, memory_keys, memory_values, mask=None, memory_mask=None, cache=None, need_weights=False):
-        """x (B, T, D), mask broadcastable to (B, H, T, T) -> (B, T, D) and the cross-attention weights (B, H, T, S).
+        """x (B, T, D) -> (B, T, D) and the cross-attention weights (B, H, T, S), or None in their place.
+
+        mask broadcasts to (B, H, T, all target positions so far), memory_mask to (B, H, T, S): it hides source padding.
 
         memory_keys and memory_values (B, H, S, K) are `cross_attention.keys_values(memory)`: they depend on the source
-        alone, so they are computed once for a whole translation and handed in. memory_mask (B, 1, 1, S) hides the
-        source's padding. With a cache, x holds only the new tokens.
+        alone, so they are computed once for a whole translation and handed in. With a cache, x holds only the new tokens.
         """
         normed = self.norm1(x)                                                           # (B, T, D)
         keys, values = self.self_attention.keys_values(normed)                           # 2 x (B, H, T, K)
@@ -356,12 +370,12 @@ def choose_next_token(logits, written, temperature=0.0, top_k=None, top_p=None, 
     """(B, V) logits of the next token and (B, n) ids written so far -> (B,) the next ids.
 
     temperature 0 takes the most likely token (greedy). It is a separate case: logits / 0 is no distribution.
-    repetition_penalty above 1 makes what was already written less likely (Keskar et al. 2019, section 4.1).
+    repetition_penalty above 1 makes what was already written less likely (Keskar et al. 2019, CTRL, section 4.1).
     """
     if repetition_penalty != 1.0 and written.size(1) > 0:
         scores = logits.gather(1, written)                                               # (B, n)
-        # Divide what is positive, multiply what is negative: both make it smaller. Dividing a negative logit would
-        # raise it, and reward repetition.
+        # Divide what is positive, multiply what is negative: both make it smaller. The paper always divides; that would
+        # raise a negative logit, and reward repetition.
         scores = torch.where(scores > 0, scores / repetition_penalty, scores * repetition_penalty)  # (B, n)
         logits = logits.scatter(1, written, scores)                                      # (B, V)
     if temperature == 0:
@@ -374,13 +388,13 @@ def check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty
     """Raises InputError for settings that cannot work. A top_k larger than the vocabulary can: it means all of it."""
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} writes nothing: use 1 or more")
-    if not 0 <= temperature < math.inf:
+    if not (temperature == 0 or 1e-6 <= temperature < math.inf):  # smaller ones are 0 in float32, and 0/0 is NaN
         raise InputError(f"temperature={temperature} cannot work: use 0 for greedy, or a value such as 0.7")
     if top_k is not None and top_k < 1:
         raise InputError(f"top_k={top_k} keeps no token: use 1 or more, or None to keep all")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p={top_p} is no probability to reach: use more than 0 and at most 1, or None")
-    if not 0 < repetition_penalty < math.inf:
+    if not 0.01 <= repetition_penalty <= 100:
         raise InputError(f"repetition_penalty={repetition_penalty} cannot work: use 1 for none, or a value such as 1.2")
 
 
@@ -397,9 +411,10 @@ class Hypothesis(NamedTuple):
 class EncoderDecoderTransformer(nn.Module):
     """Two stacks with one vocabulary, and at every target position a guess at the next token.
 
-    Departs from Raffel et al. 2020 (T5): sinusoidal positions added once for learned relative ones in every layer; layer
-    norm with mean and bias for one without; GELU for ReLU; no <EOS> on the source. From Vaswani et al. 2017: pre-norm,
-    with a last norm on each stack.
+    Departs from Raffel et al. 2020 (T5): sinusoidal positions added once, for learned relative ones inside attention; a
+    layer norm with mean and bias, and linear layers with bias, for none of these; scores divided by sqrt(K), which T5
+    leaves to its initial weights; GELU for ReLU; <SOS> to start with for <PAD>; no <EOS> on the source. From Vaswani et
+    al. 2017: pre-norm, with a last norm on each stack.
     """
 
     def __init__(self, vocab_size=len(VOCABULARY), d_model=64, num_heads=4, num_layers=2, d_ff=256, dropout=0.0,
@@ -425,7 +440,8 @@ class EncoderDecoderTransformer(nn.Module):
 
     def embed(self, tokens, positions=None):
         """tokens (B, T) -> (B, T, D), positions added."""
-        # Embeddings start 0.02 small and positions are 0.7 in size: unscaled, a token would drown in where it stands.
+        # sqrt(D) as in Vaswani et al. 2017, section 3.4. Embeddings start at a size of 0.02, positions have 0.7: unscaled,
+        # a token drowns in where it stands. Try removing the factor: 6 epochs then end at 0.2 % exact match.
         return self.dropout(self.positional_encoding(self.embedding(tokens) * self.embedding_scale, positions))
 
     def encode(self, source, source_mask=None):
@@ -460,9 +476,9 @@ class EncoderDecoderTransformer(nn.Module):
         past = caches[0].length if caches else 0
         new = decoder_input.size(1)
         # A single token may see all that came before: with nothing to hide, no mask, and the kernel is faster.
-        mask = causal_mask(new, past + new, decoder_input.device) if new > 1 else None   # (1, 1, T, T)
+        mask = causal_mask(new, past + new, decoder_input.device) if new > 1 else None   # (1, 1, T, past+T)
         if decoder_mask is not None:
-            mask = decoder_mask if mask is None else mask & decoder_mask                 # (B, 1, T, T)
+            mask = decoder_mask if mask is None else mask & decoder_mask                 # (B, 1, T, past+T)
         # subtle: the first new token stands at position `past`, not at 0. With the cache and positions that start over,
         # every token would believe it is the first.
         x = self.embed(decoder_input, torch.arange(past, past + new, device=decoder_input.device))  # (B, T, D)
@@ -479,15 +495,18 @@ class EncoderDecoderTransformer(nn.Module):
         Teacher forcing: decoder_input is the right answer moved by one, whatever the model would have written itself.
         All positions train in one pass; the price is that the model never practises on its own mistakes.
         """
+        memory = self.encode(source, source_mask)                                        # (B, S, D)
         if source_mask is None:
             source_mask = padding_mask(source)                                           # (B, 1, 1, S)
-        memory = self.encode(source, source_mask)                                        # (B, S, D)
         check_tokens(decoder_input, self.vocab_size, self.max_len)
         hidden, _ = self.decode(decoder_input, self.memory_keys_values(memory), source_mask, decoder_mask)
         return self.output(hidden)                                                       # (B, T, V)
 
     def start_writing(self, sources, max_new_tokens):
-        """Lists of ids -> what `generate` and `beam_search` start from: memory_kv and source_mask (B, 1, 1, S)."""
+        """Lists of ids -> what `generate` and `beam_search` start from: memory_kv and source_mask (B, 1, 1, S).
+
+        Checks first, then puts the model into evaluation mode: a refused call leaves it as it was.
+        """
         if not sources or not all(sources):
             raise InputError("there is nothing to read: give at least one source, with at least one token in each")
         if max_new_tokens > self.max_len:
@@ -495,6 +514,7 @@ class EncoderDecoderTransformer(nn.Module):
                              f"max_len={self.max_len}: write less, or build it larger")
         source = pad_rows(sources, PAD)                                                  # (B, S)
         check_tokens(source, self.vocab_size, self.max_len)
+        self.eval()
         source = source.to(self.embedding.weight.device)
         source_mask = padding_mask(source)                                               # (B, 1, 1, S)
         # Once for the whole translation: the source does not change while the target grows.
@@ -506,8 +526,8 @@ class EncoderDecoderTransformer(nn.Module):
         """Read each of `sources`, lists of ids that may differ in length; write at most `max_new_tokens` for each.
 
         The choice of each token is `choose_next_token`'s; temperature 0, the default, is greedy. Returns lists of ids
-        without <SOS>, with <EOS> where a row wrote it; stop_at=None never stops early. A row gets the same tokens alone
-        as in any batch, and without a cache as with one; the cache changes nothing but the time.
+        without <SOS>, with <EOS> where a row wrote it; stop_at=None never stops early. The cache changes nothing but the
+        time, and greedy rows do not depend on each other. (Sampled ones share the generator's dice.)
 
         Sources are padded on the right, and masked; all targets start with <SOS> in the same column, so nothing needs
         padding on the left, as it does in decoder_only.py.
@@ -516,7 +536,6 @@ class EncoderDecoderTransformer(nn.Module):
         """
         check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
         was_training = self.training
-        self.eval()
         memory_kv, source_mask = self.start_writing(sources, max_new_tokens)
         device = source_mask.device
         tokens = torch.full((len(sources), max_new_tokens + 1), PAD, device=device)      # (B, max + 1)
@@ -531,8 +550,8 @@ class EncoderDecoderTransformer(nn.Module):
             # Only the last position says something new; the guesses before it are for tokens that stand already.
             chosen = choose_next_token(self.output(hidden[:, -1]), tokens[:, 1:end], temperature, top_k, top_p,
                                        repetition_penalty, generator)                    # (B,)
-            # A row that has stopped waits for the others and writes <PAD>; what it computes is thrown away.
-            tokens[:, end] = chosen.masked_fill(finished, PAD)
+            # A row that has stopped writes on while it waits for the others; what follows its <EOS> is cut off below.
+            tokens[:, end] = chosen
             if stop_at is not None:
                 finished |= chosen == stop_at                                            # (B,)
                 if finished.all():
@@ -551,30 +570,40 @@ class EncoderDecoderTransformer(nn.Module):
         Greedy takes the best *next* token and cannot take it back. Beam search follows the `beam_width` best beginnings
         side by side, and so finds answers whose first token was not the likeliest.
 
-            score = log-probability / length ** length_penalty          (Wu et al. 2016, section 7, in its plainest form)
+            score = log-probability / length ** length_penalty
 
         length counts the tokens written, <EOS> included, <SOS> not: those that the log-probability is a sum over. With
         penalty 0 short answers win, since every further token can only lower the sum; 1 compares means per token.
+        (Wu et al. 2016, section 7, divide by ((5 + length) / 6) ** penalty: gentler on short answers.)
 
-        A finished hypothesis is set aside and keeps its place: with width 4 and one finished, three live on. Width 1 is
-        therefore exactly greedy, and a beam as wide as the tree is exhaustive search. (Hugging Face refills the beam to
-        its full width.) What is alive when `max_new_tokens` is reached is scored as it stands.
+        Two steps with width 2 and three tokens, a, b and <EOS>; sums of log-probabilities:
 
-        A row is done when no live beam can still win. The sum never rises again, so the best a live beam can hope for
-        is to keep its sum and divide it by the greatest length. The best hypothesis is exact in that sense; the ones
-        behind it are the best of those that had finished by then.
+            step 1    a -0.5   b -1.2   <EOS> -2.3                              keep a and b
+            step 2    a a -2.1   a b -1.0   a <EOS> -2.1      (from a)          one list of 2 * 3, best first:
+                      b a -1.6   b b -3.5   b <EOS> -2.8      (from b)          keep a b and b a
+
+        In the order written above `b a` is number 3, counted from 0: beam 3 // 3 = 1, which is b, and token 3 % 3 = 0, which is a.
+
+        A hypothesis that writes <EOS> is set aside, and one fewer lives on; the next step fills the beam again, as far as
+        there are continuations. With width 1 none lives on, which makes it exactly greedy; with a beam as wide as the
+        tree nothing is ever dropped, which makes it exhaustive search. (Hugging Face looks at the best 2W of the list
+        and so keeps W alive at once.) What is alive when `max_new_tokens` is reached is scored as it stands.
+
+        A row is done when no live beam can still win. A sum never rises again, so the best a live beam can hope for is
+        to keep its sum and divide it by the greatest length. With penalty 0, `a b <EOS>` at -1.1 ends the example above:
+        `b a`, at -1.6 already, cannot overtake it. So stopping never loses the best answer that this width would find;
+        the answers behind it are only the best of those that had finished by then.
 
         trace: a list that receives, step by step, what happened to the first source. For the demonstration.
 
-        Raises InputError for an empty batch or source, a width below 1, a penalty below 0, and rows too long.
+        Raises InputError for an empty batch or source, a width below 1, a penalty outside 0 to 10, and rows too long.
         """
         check_sampling(max_new_tokens, 0.0, None, None, 1.0)
         if beam_width < 1:
             raise InputError(f"beam_width={beam_width} follows nothing: use 1 (greedy) or more")
-        if not 0 <= length_penalty < math.inf:
-            raise InputError(f"length_penalty={length_penalty} cannot work: use 0 (none), or a value such as 0.6 or 1")
+        if not 0 <= length_penalty <= 10:
+            raise InputError(f"length_penalty={length_penalty} cannot work: use 0 (none) to 10, such as 0.6 or 1")
         was_training = self.training
-        self.eval()
         batch, width = len(sources), beam_width
         memory_kv, source_mask = self.start_writing(sources, max_new_tokens)
         device = source_mask.device
@@ -585,53 +614,49 @@ class EncoderDecoderTransformer(nn.Module):
         caches = [KeyValueCache(batch * width, layer.self_attention, max_new_tokens) for layer in self.decoder_layers]
         tokens = torch.full((batch * width, max_new_tokens + 1), PAD, device=device)     # (B*W, max + 1)
         tokens[:, 0] = SOS
-        # All beams start as the same <SOS>. Only the first counts, or the best W continuations would be W times the
-        # same one. A score of -inf means: this place is empty.
-        sums = torch.full((batch, width), -math.inf, device=device)                      # (B, W)
-        sums[:, 0] = 0.0
-        places = torch.arange(width, device=device)                                      # (W,)
+        # `live` holds the sum of each live beam; -inf says that its place is empty. All beams start as the same <SOS>, so
+        # only the first counts: or the best W continuations would be W times the same one.
+        live = torch.full((batch, width), -math.inf, device=device)                      # (B, W)
+        live[:, 0] = 0.0
         first_row = torch.arange(0, batch * width, width, device=device)[:, None]        # (B, 1)
         finished = [[] for _ in range(batch)]
 
         for length in range(1, max_new_tokens + 1):
-            hidden, _ = self.decode(tokens[:, length - 1:length], memory_kv, source_mask, caches=caches)
+            hidden, _ = self.decode(tokens[:, length - 1:length], memory_kv, source_mask, caches=caches)  # (B*W, 1, D)
             log_probabilities = torch.log_softmax(self.output(hidden[:, -1]), -1).view(batch, width, -1)  # (B, W, V)
             # All continuations of all beams compete in one list.
-            totals = (sums[:, :, None] + log_probabilities).flatten(1)                   # (B, W*V)
-            sums, index = totals.topk(width)                                             # 2 x (B, W), best first
-            # The list is W*V long: the quotient says which beam was continued, the remainder with which token.
-            parent = torch.div(index, self.vocab_size, rounding_mode="floor")            # (B, W)
+            totals = (live[:, :, None] + log_probabilities).flatten(1)                   # (B, W*V)
+            kept, index = totals.topk(width)                                             # 2 x (B, W), best first
+            parent = index // self.vocab_size                                            # (B, W)
             chosen = index % self.vocab_size                                             # (B, W)
-            # As many places as have finished are taken already.
-            taken = torch.tensor([len(done) for done in finished], device=device)        # (B,)
-            sums = sums.masked_fill(places >= width - taken[:, None], -math.inf)         # (B, W)
-            # Each new beam takes over its parent's tokens, and its keys and values. Memory needs no reordering: parent
-            # and child read the same source.
+            # Each new beam takes over its parent's tokens, and its keys and values: that copy is the price of beams.
+            # memory_kv needs none, for parent and child read the same source.
             rows = (first_row + parent).flatten()                                        # (B*W,)
             tokens = tokens[rows]                                                        # (B*W, max + 1)
             tokens[:, length] = chosen.flatten()
             for cache in caches:
                 cache.keys[:, :, :length] = cache.keys[rows, :, :length]
                 cache.values[:, :, :length] = cache.values[rows, :, :length]
-            if trace is not None:
-                trace.append([(tokens[place, 1:length].tolist(), chosen[0, place].item(), sums[0, place].item())
-                              for place in range(width) if sums[0, place] > -math.inf])
+            if trace is not None:  # the first source's beams are the first W rows
+                trace.append([(tokens[place, 1:length].tolist(), chosen[0, place].item(), kept[0, place].item())
+                              for place in range(width) if kept[0, place] > -math.inf])
             # Set aside what has just ended. At the limit, everything ends.
             ends = (chosen == EOS) if length < max_new_tokens else torch.ones_like(chosen, dtype=torch.bool)
-            ends = ends & (sums > -math.inf)                                             # (B, W)
+            ends = ends & (kept > -math.inf)                                             # (B, W)
             for b, place in ends.nonzero().tolist():
-                total = sums[b, place].item()
+                total = kept[b, place].item()
                 finished[b].append(Hypothesis(total / length ** length_penalty, total,
                                               tokens[b * width + place, 1:length + 1].tolist()))
-            sums = sums.masked_fill(ends, -math.inf)                                     # (B, W)
-            # Who can still win? Only a row with an answer can be done; one without has no score to beat.
-            best = torch.tensor([max((h.score for h in done), default=-math.inf) for done in finished], device=device)
-            hope = sums / max_new_tokens ** length_penalty                               # (B, W)
-            sums = sums.masked_fill((hope <= best[:, None]).all(1, keepdim=True), -math.inf)  # (B, W)
-            if (sums == -math.inf).all():
+            live = kept.masked_fill(ends, -math.inf)                                     # (B, W)
+            # Who can still win? A row without an answer has -inf to beat, which every live beam does.
+            to_beat = torch.tensor([[max((h.score for h in done), default=-math.inf)] for done in finished],
+                                   device=device)                                        # (B, 1)
+            hope = live / max_new_tokens ** length_penalty                               # (B, W)
+            live = live.masked_fill((hope <= to_beat).all(1, keepdim=True), -math.inf)   # (B, W)
+            if (live == -math.inf).all():
                 break
         self.train(was_training)
-        return [sorted(done, key=lambda hypothesis: hypothesis.score, reverse=True) for done in finished]
+        return [sorted(done, key=lambda hypothesis: hypothesis.score, reverse=True)[:width] for done in finished]
     # --- end of what is new ----------------------------------------------------------
 
     def save(self, path):
@@ -647,8 +672,8 @@ class EncoderDecoderTransformer(nn.Module):
 def translate(model, sequences, beam_width=None, length_penalty=1.0, **options):
     """Lists of digits -> lists of words. Beam search if a beam_width is given, else `generate` with its options.
 
-    A row may write two tokens more than it should before it is cut off: one that does not stop shows, and counts as
-    wrong.
+    The limit leaves room for <EOS> and one token more than the longest answer: a row that does not stop where it should
+    has written too much by then, and counts as wrong.
     """
     if not sequences or not all(sequences):
         raise InputError("there is nothing to translate: give at least one sequence, with at least one digit in each")
@@ -676,8 +701,8 @@ def predict(model, batch):
 def lr_factor(step, total_steps):
     """What LEARNING_RATE is multiplied with in step 0, 1, ... total_steps - 1: up in a line, then down half a cosine.
 
-    Up: Adam's averages know nothing in the first steps, and full-sized steps on them can wreck fresh weights. Down: a
-    model near a minimum circles it at a distance that shrinks with the rate.
+    Up: Adam's averages know nothing in the first steps, and full-sized steps on them can wreck fresh weights. Down, to a
+    twentieth: a model near a minimum circles it at a distance that shrinks with the rate (Loshchilov and Hutter 2017).
     """
     if step < WARMUP_STEPS:
         return (step + 1) / WARMUP_STEPS  # never 0: that would waste the first step
@@ -687,8 +712,8 @@ def lr_factor(step, total_steps):
 
 def create_optimizer(model, learning_rate, total_steps):
     """(AdamW, scheduler) for `total_steps` steps; scheduler.step() belongs after every optimizer.step()."""
-    # fused: one kernel for all parameters instead of several per parameter. A CPU step of this optimiser then takes a
-    # sixth of the time, same numbers; not on Apple's MPS, where older PyTorch versions lack it.
+    # fused: one kernel for all parameters instead of several per parameter. On a CPU this optimiser then takes about a
+    # fifth of the time, for the same numbers; not on Apple's MPS, where older PyTorch versions lack it.
     fused = next(model.parameters()).device.type != "mps"
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, fused=fused)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, total_steps))
@@ -701,7 +726,9 @@ def compute_loss(model, batch):
 
 
 def train_epoch(model, loader, optimizer, scheduler, loss_function=compute_loss):
-    """Every batch of `loader` once. Returns the mean loss. Raises InputError when the loss is no longer a number."""
+    """Every batch of `loader` once. Returns the mean loss of the batches, each from the model as it was at the time: good
+    enough to watch it fall. Raises InputError, with the step, when the loss is no longer a number.
+    """
     model.train()
     device = next(model.parameters()).device
     total = 0.0
@@ -724,8 +751,8 @@ def evaluate(model, loader):
 
     loss         mean cross-entropy over the positions that count
     accuracy     share of those positions where the most likely token is right
-    exact_match  share of sequences that `translate` gets right from first to last token, the stop included. This is
-                 the figure to trust: it is the only one that uses the model as it will be used
+    exact_match  share of sequences that `translate` gets right from first to last token. This is the figure to trust: the
+                 model is used as it will be used, and one wrong token spoils the row, a missing stop too
     examples     (digits, expected words, words written) for each sequence, the mistakes first
     """
     model.eval()
@@ -749,30 +776,45 @@ def evaluate(model, loader):
 # -------------------------------------------------------------------------------------
 # 5. Looking inside
 # -------------------------------------------------------------------------------------
-def show_beam_search(model, digits):
+def show_beam_search(model, digits, expected):
     """Print one beam search step by step: what each live beam had written, what it adds, and its log-probability."""
     trace = []
-    source = [VOCABULARY.encode(digits)]
-    found = model.beam_search(source, BEAM_WIDTH, LENGTH_PENALTY, len(digits) + 2, trace)[0]
+    source, limit = [VOCABULARY.encode(digits)], len(digits) + 2
+    found = model.beam_search(source, BEAM_WIDTH, LENGTH_PENALTY, limit, trace)[0]
     print(f"  source: {' '.join(digits)}   beam_width={BEAM_WIDTH}   length_penalty={LENGTH_PENALTY}")
-    print("  step   log-probability   adds      to")
+    print("  step   log-probability   written so far, and + what is added")
     for step, beams in enumerate(trace, 1):
         for number, (before, token, total) in enumerate(beams):
-            ended = "  (finished, set aside)" if token == EOS else ""
-            print(f"  {step if number == 0 else '':>4}   {total:15.3f}   {VOCABULARY.tokens[token]:8s}  "
-                  f"{' '.join(VOCABULARY.decode(before)) or '<SOS>'}{ended}")
-    print("  stopped: " + ("the length limit" if len(trace) == len(digits) + 2 else "no live beam could still win"))
-    print("  answers, best first: score = log-probability / length ^ penalty")
+            ended = "   (finished, set aside)" if token == EOS else ""
+            print(f"  {step if number == 0 else '':>4}   {total:15.3f}   "
+                  f"{' '.join(VOCABULARY.decode(before) + ['+', VOCABULARY.tokens[token]])}{ended}")
+    print(f"  done after {len(trace)} of at most {limit} steps. Best first: score = log-probability / length ^ penalty")
     for hypothesis in found:
-        print(f"    {hypothesis.score:8.3f} = {hypothesis.log_probability:.3f} / {len(hypothesis.tokens)} ^ "
-              f"{LENGTH_PENALTY}   {' '.join(VOCABULARY.decode(hypothesis.tokens))}")
-    greedy = model.generate(source, len(digits) + 2)[0]
-    print(f"  greedy would have written:  {' '.join(VOCABULARY.decode(greedy))}")
+        verdict = "right" if hypothesis.tokens == VOCABULARY.encode(expected) + [EOS] else "wrong"
+        print(f"    {hypothesis.score:8.3f} = {hypothesis.log_probability:7.3f} / {len(hypothesis.tokens)} ^ "
+              f"{LENGTH_PENALTY}   {' '.join(VOCABULARY.decode(hypothesis.tokens))}   ({verdict})")
+    greedy = model.generate(source, limit)[0]
+    print(f"    greedy writes:  {' '.join(VOCABULARY.decode(greedy))}")
+
+
+def show_beam_scores(model, examples):
+    """Print the exact match of greedy and of beam search under three length penalties.
+
+    Beam search finds what the *model* finds likely. Whether that is right is another question, and a wider beam can do
+    worse: Stahlberg and Byrne 2019 found that the likeliest translation of all is often the empty one.
+    """
+    sequences, expected = [digits for digits, _, _ in examples], [words for _, words, _ in examples]
+    settings = [("greedy", {})] + [(f"beam width {BEAM_WIDTH}, penalty {penalty}",
+                                    {"beam_width": BEAM_WIDTH, "length_penalty": penalty}) for penalty in (0.0, 1.0, 3.0)]
+    for name, options in settings:
+        written = translate(model, sequences, **options)
+        right = sum(a == b for a, b in zip(written, expected)) / len(expected)
+        print(f"  {name:28s} exact match {right:6.1%}")
 
 
 @torch.inference_mode()
 def cross_attention(model, digits):
-    """The decoder's tokens for `digits`, <SOS> first, and its cross-attention weights (layers, H, T, S)."""
+    """What the decoder writes for `digits` (T ids), and the cross-attention it writes them with (layers, H, T, S)."""
     model.eval()
     written = model.generate([VOCABULARY.encode(digits)], len(digits) + 2)[0]
     device = model.embedding.weight.device
@@ -780,7 +822,7 @@ def cross_attention(model, digits):
     decoder_input = torch.tensor([[SOS] + written[:-1]], device=device)                  # (1, T)
     memory_kv = model.memory_keys_values(model.encode(source))
     _, all_weights = model.decode(decoder_input, memory_kv, padding_mask(source), need_weights=True)
-    return written, torch.cat(all_weights)                                               # (layers, H, T, S)
+    return written, torch.stack(all_weights)[:, 0]                                       # (layers, H, T, S)
 
 
 def show_cross_attention(model, digits):
@@ -798,13 +840,18 @@ def show_cross_attention(model, digits):
         print(f"  {token:10s}" + "".join(f"{weight:8.2f}" for weight in row))
 
 
-@torch.inference_mode()
-def least_sure(model, examples):
-    """Of `examples`, the digits whose beam search is the most open: the best answer has the lowest probability."""
-    model.eval()
-    sequences = [digits for digits, _, _ in examples]
-    found = model.beam_search([VOCABULARY.encode(digits) for digits in sequences], 1)
-    return min(zip(found, sequences), key=lambda pair: pair[0][0].log_probability)[1]
+def where_beams_help(model, examples):
+    """Of `examples`, one that greedy gets wrong and beam search right; if there is none, the one with the least likely
+    greedy answer. Returns its digits and words. Chosen to show something: how often it happens, `show_beam_scores` says.
+    """
+    sources = [VOCABULARY.encode(digits) for digits, _, _ in examples]
+    limit = max(map(len, sources)) + 2
+    greedy = [found[0] for found in model.beam_search(sources, 1, LENGTH_PENALTY, limit)]
+    beams = [found[0] for found in model.beam_search(sources, BEAM_WIDTH, LENGTH_PENALTY, limit)]
+    right = [VOCABULARY.encode(words) + [EOS] for _, words, _ in examples]
+    helped = [i for i in range(len(examples)) if greedy[i].tokens != right[i] and beams[i].tokens == right[i]]
+    chosen = helped[0] if helped else min(range(len(examples)), key=lambda i: greedy[i].log_probability)
+    return examples[chosen][:2]
 
 
 # -------------------------------------------------------------------------------------
@@ -831,8 +878,10 @@ def main():
             young = copy.deepcopy(model)  # still unsure, so that there is something to search
     example = max((digits for digits, _, _ in result["examples"]), key=len)
 
-    print("\n2. Beam search, step by step (the model after epoch 1, where it is least sure)")
-    show_beam_search(young, least_sure(young, result["examples"]))
+    print("\n2. Beam search, step by step (the model after epoch 1, still unsure)")
+    show_beam_search(young, *where_beams_help(young, result["examples"]))
+    print(f"  and on all {len(result['examples'])} unseen sequences, the same model")
+    show_beam_scores(young, result["examples"])
 
     print("\n3. Cross-attention of the trained model: which digit a word is written from")
     show_cross_attention(model, example)

@@ -10,7 +10,12 @@ Run it:     python quick_start.py        (about 15 seconds on one CPU core)
 
 The last lines should be close to:
 
-@@LAST_QS@@
+    Result on 599 unseen sequences. Passes: through a stack of layers, to translate 5 digits
+    architecture        parameters   seconds  passes  exact match
+    encoder-only           101,786       3.8       1       100.0%
+    decoder-only           101,760       3.6       6       100.0%
+    encoder-decoder        235,392       5.2       7        99.8%
+    The encoder-only model is told how many words to write, one blank a digit; the other two decide to stop.
 
 WHAT TO READ NEXT   toy_dataset.py (the task), then encoder_only.py, decoder_only.py or encoder_decoder.py: each stands
 alone, from attention to the trained model.
@@ -35,9 +40,9 @@ D_FF = 256               # inner width of the feed-forward
 DROPOUT = 0.0            # Try 0.1: too much noise for so small a model in so short a time.
 NUM_SAMPLES = 6000       # distinct sequences; one in ten is held out. Try 600: who gets by with little data?
 MAX_DIGITS = 5           # longest sequence
-BATCH_SIZE = 64          # rows per step
+BATCH_SIZE = 32          # rows per step. Small batches make many steps of little data
 LEARNING_RATE = 3e-3     # peak, after a short warm-up
-NUM_EPOCHS = 5           # passes over the data. Try 2: here they differ.
+NUM_EPOCHS = 3           # passes over the data, 169 steps each. Try 1: here they differ.
 SEED = 0                 # Try 1.
 NUM_EXAMPLES = 4         # shown for each architecture, the mistakes first
 DEVICE = "cpu"           # or "cuda", "mps"

@@ -3,9 +3,9 @@ toy_dataset.py - the one small task that all three transformers learn
 
 THE TASK.  Read digits, write words:   4 0 7  ->  four zero seven
 
-A child solves it, and that is the point: whatever goes wrong in a model that learns it
-comes from the model and not from the data. It still needs everything that a real
-translation needs. The model has to know *where* it is in the sequence (positions), look
+A child solves it, and that is the point: whatever goes wrong comes from the model or from
+the way it is fed, not from a hard task. It still needs everything that a real translation
+needs. The model has to know *where* it is in the sequence (positions), look
 at the right digit (attention), ignore the padding of its neighbours in the batch (masks)
 and know when to stop (<EOS>).
 
@@ -25,6 +25,15 @@ positions count in the loss. The last lines should be:
 
 READING ORDER   vocabulary -> sequences -> dataset -> collate_fn (the heart of this file)
                 -> data loaders -> housekeeping (checks, checkpoints; skip it at first)
+
+FOUR WORDS that you will meet before you have read a model:
+  attention        how a position gathers information from others. A *query* (the position
+                   that asks) is compared with the *key* of each position that is asked
+  head             one of several such comparisons, made side by side
+  causal           no position may look at a later one: whoever learns to say what comes
+                   next must not see it
+  teacher forcing  in training a decoder reads the right answer so far, not what it would
+                   have written itself; so all its positions are trained at once
 """
 import io
 import math
@@ -78,14 +87,14 @@ PAD, SOS, EOS, UNK, SEP, MASK = range(6)
 #   MASK  the blank that BERT learns to fill
 FIRST_ORDINARY = len(SPECIAL_TOKENS)  # ids from here on are digits and words: content, not punctuation
 
-# F.cross_entropy skips every label with this value; it is PyTorch's own default. Labels must not use PAD (0) for that:
-# then "does not count" and "the answer is <PAD>" would be the same number, and one forgotten `ignore_index` away from a
-# model that is proud of its padding.
+# F.cross_entropy skips every label with this value; -100 is its default. Filling labels up with PAD (0) instead would
+# make "does not count" and "the answer is <PAD>" the same number. Forget `ignore_index=PAD` just once then, and the model
+# is trained to write padding, and its accuracy looks splendid, because padding is easy.
 IGNORE_INDEX = -100
 
 
 class Vocabulary:
-    """Maps tokens to ids and back. One vocabulary serves source and target of all three models.
+    """Maps tokens (strings) to ids and back. One vocabulary serves source and target of all three models.
 
     A digit and its word have different ids ("4" is 10, "four" is 20): to a model they are unrelated symbols, and their
     connection is what it has to learn.
@@ -105,7 +114,7 @@ class Vocabulary:
         return len(self.tokens)
 
     def encode(self, tokens):
-        """A list of tokens, or one string with blanks between them -> list of ids; what is unknown becomes <UNK>."""
+        """A list of tokens, or one string with spaces between them -> list of ids; what is unknown becomes <UNK>."""
         if isinstance(tokens, str):
             tokens = tokens.split()
         return [self.ids.get(token, UNK) for token in tokens]
@@ -113,8 +122,7 @@ class Vocabulary:
     def decode(self, ids):
         """Ids (a list or a 1-D tensor) -> list of tokens. Raises InputError for an id that is no token's."""
         decoded = []
-        for i in ids:
-            i = int(i)
+        for i in map(int, ids):
             # A negative id would count from the end of the list and quietly give a wrong word.
             if not 0 <= i < len(self.tokens):
                 raise InputError(f"id {i} is outside the vocabulary: use 0 to {len(self.tokens) - 1}")
@@ -139,15 +147,17 @@ def make_sequences(num_samples, max_digits, seed):
     Lengths are balanced as far as sequences exist. Drawing all of them alike from 1 to 5 digits would make nine in
     ten 5 digits long, simply because most numbers are long, and the model would hardly ever see a short row.
 
-    6000 samples of up to 5 digits: 10 of one digit (all there are), 100 of two (all), 1964 + 1963 + 1963 of the rest.
+    6000 samples of up to 5 digits: all 10 of one digit, all 100 of two, all 1000 of three, and 2445 each of four and five.
 
     Raises InputError if fewer distinct sequences exist than are asked for.
     """
+    if num_samples < 1 or not 1 <= max_digits <= 18:  # a sequence is drawn as one number of at most 64 bits
+        raise InputError(f"NUM_SAMPLES={num_samples}, MAX_DIGITS={max_digits}: use 1 or more samples of 1 to 18 digits")
     if num_samples > count_distinct(max_digits):
         raise InputError(f"NUM_SAMPLES={num_samples}: only {count_distinct(max_digits)} distinct sequences of 1 to "
                          f"{max_digits} digits exist: use that many or fewer, or raise MAX_DIGITS={max_digits}")
-    # A generator of our own. random.seed() or torch.manual_seed() here would reset the dice of the whole program:
-    # two scripts that build the same dataset would then also draw the same initial weights, without having asked.
+    # A generator of our own. random.seed() here would reset the dice of the whole program, and whatever is drawn after
+    # the data is built would come out the same each time, without having been asked to.
     rng = random.Random(seed)
     sequences = []
     for length in range(1, max_digits + 1):
@@ -190,7 +200,8 @@ class NumberTranslationDataset(Dataset):
         """Two disjoint lists of indices, (training, validation), each length in the same proportion in both.
 
         The sequences are distinct, so disjoint indices are disjoint sequences: a model that scores on the second list
-        has not seen the answers. Splitting by length keeps the few short ones from all landing on one side.
+        has not seen the answers. Splitting by length keeps the few short ones from all landing on one side. (Each length
+        is rounded for itself: a tenth of 6000 comes out as 599.)
         """
         by_length = {}
         for index, item in enumerate(self.items):
@@ -209,20 +220,23 @@ class NumberTranslationDataset(Dataset):
 def pad_rows(rows, value):
     """Lists of ids of different lengths -> one tensor (B, longest), filled up on the right with `value`."""
     longest = max(len(row) for row in rows)
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])  # (B, longest)
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])          # (B, longest)
 
 
 def padding_mask(tokens):
     """(B, S) ids -> (B, 1, 1, S) booleans, True = may be attended to, False = padding.
 
+        [[10, 6, 13],          [[[[True, True,  True ]]],
+         [ 9, 0,  0]]    ->     [[[True, False, False]]]]
+
     The two middle 1s stand for heads and queries: whoever asks, in whichever head, this *key* is hidden or it is not.
     A padding mask never hides queries: a padded position may ask what it likes, its answer is never used.
 
     CONVENTION. In this collection, as in F.scaled_dot_product_attention, True means "may attend".
-    nn.MultiheadAttention and nn.Transformer mean the opposite: True there is "hide it". Pass a mask from one to the
-    other without `~` and the model attends to nothing but padding, and says nothing about it.
+    nn.MultiheadAttention and nn.Transformer mean the opposite: True there is "hide it". Hand a mask from one to the other
+    without `~`, and a padded row attends to nothing but its padding: no error, only a model that does not learn.
     """
-    return (tokens != PAD)[:, None, None, :]  # (B, 1, 1, S)
+    return (tokens != PAD)[:, None, None, :]                                             # (B, 1, 1, S)
 
 
 def collate_fn(items):
@@ -235,24 +249,25 @@ def collate_fn(items):
         decoder_input   SOS  four zero seven    SOS  nine .    .        what the decoder sees
         labels          four zero seven EOS     nine EOS  .    .        what it should say there
 
-      encoder-only and decoder-only (T = 7)
-        pair            4 0 7 SEP  four zero seven      9 SEP  nine . . . .
-        pair_labels     . . . four zero seven EOS       . nine EOS  . . . .
+      encoder-only and decoder-only (one row of S + T = 7: digits, <SEP>, words)
+        pair            4   0   7   SEP   four  zero   seven          9   SEP   nine  .   .   .   .
+        pair_labels     .   .   .   four  zero  seven  EOS            .   nine  EOS   .   .   .   .
 
-    Read a column of decoder_input and labels from top to bottom: "having seen this, say that". The labels are the
-    input moved by one place, and they are moved *here*, once. Shift again in the loss (as code written for Hugging
-    Face models does, which shift inside) and the model learns to predict the token after the next.
+    Read a column from top to bottom: "having read everything up to and including this token, say that". The labels are
+    the input moved by one place, and they are moved *here*, once. Hugging Face's models move them inside the loss: give
+    those labels that are moved already, and the model learns to say the token after the next.
 
     <EOS> sits directly after the last word of *its own* row. The classic mistake pads first and appends <EOS> to the
     padded row: short rows then never show <EOS> after a word, and the model never learns to stop.
 
-    In pair_labels the digits are not scored: they are random, nobody can predict them, and a loss that counts them
-    never falls below ln 10 = 2.30 per digit. <SEP> is scored on the first word: "the prompt is over, your turn".
+    In pair_labels the digits are not scored: they are random, and on sequences that it has not seen no model can do
+    better than ln 10 = 2.30 nats per digit. <SEP> is scored on the first word: "the prompt is over, your turn".
 
-    The encoder-only model takes `pair` too, but draws its own blanks and labels from it anew in each step.
+    The encoder-only model takes `pair` too, but draws its own blanks and labels from it anew in each step. For its second
+    exercise it gets `largest`, the largest digit of each row.
 
     Returns a dict. Tensors of int64: source (B, S), decoder_input and labels (B, T), pair and pair_labels (B, S + T),
-    largest (B,), the largest digit, 0-9. Masks of bool: source_mask (B, 1, 1, S), decoder_mask (B, 1, 1, T),
+    largest (B,), 0-9. Masks of bool: source_mask (B, 1, 1, S), decoder_mask (B, 1, 1, T),
     pair_mask (B, 1, 1, S + T). Lists of lists of str: digits, words.
 
     Raises InputError for an empty batch or an empty sequence.
@@ -294,8 +309,8 @@ def create_dataloaders(num_samples=NUM_SAMPLES, max_digits=MAX_DIGITS, batch_siz
     dataset = NumberTranslationDataset(num_samples, max_digits, seed)
     training, validation = dataset.split(validation_share)
     if not validation or not training:
-        raise InputError(f"NUM_SAMPLES={num_samples} leaves {len(training)} sequences to train on and {len(validation)} "
-                         f"to validate on: raise NUM_SAMPLES, or move VALIDATION_SHARE={validation_share} towards 0.5")
+        raise InputError(f"NUM_SAMPLES={num_samples} with VALIDATION_SHARE={validation_share} leaves {len(training)} "
+                         f"sequences to train on and {len(validation)} to validate on: use 100 samples and a share of 0.1")
     if batch_size > len(training):
         raise InputError(f"BATCH_SIZE={batch_size} is larger than the {len(training)} training sequences: "
                          f"use {len(training)} or less, or raise NUM_SAMPLES={num_samples}")
@@ -314,14 +329,22 @@ def create_dataloaders(num_samples=NUM_SAMPLES, max_digits=MAX_DIGITS, batch_siz
 # -------------------------------------------------------------------------------------
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 
-# Constants by the kind of value that works. A script's own names are checked as soon as they appear in its globals.
-WHOLE_NUMBERS = {  # name: smallest value
-    "D_MODEL": 2, "NUM_HEADS": 1, "NUM_LAYERS": 1, "D_FF": 1, "BATCH_SIZE": 1, "NUM_EPOCHS": 1, "NUM_SAMPLES": 1,
-    "MAX_DIGITS": 1, "SEED": 0, "NUM_THREADS": 1, "WARMUP_STEPS": 0, "FINETUNE_EPOCHS": 1, "BEAM_WIDTH": 1,
-    "NUM_EXAMPLES": 1,
+# Constants by the kind of value that works. Each script hands in its globals; names that it does not have are passed over.
+WHOLE_NUMBERS = {  # name: (smallest value, a value that works)
+    "D_MODEL": (2, 64), "NUM_HEADS": (1, 4), "NUM_LAYERS": (1, 2), "D_FF": (1, 256), "BATCH_SIZE": (1, 64),
+    "NUM_EPOCHS": (1, 4), "NUM_SAMPLES": (1, 6000), "MAX_DIGITS": (1, 5), "SEED": (0, 0), "NUM_THREADS": (1, 1),
+    "WARMUP_STEPS": (0, 40), "FINETUNE_EPOCHS": (1, 4), "BEAM_WIDTH": (1, 3), "NUM_EXAMPLES": (1, 4),
 }
-POSITIVE_NUMBERS = {"LEARNING_RATE", "FINETUNE_LEARNING_RATE", "CLIP_NORM"}
-SHARES = {"DROPOUT", "VALIDATION_SHARE", "MASK_SHARE", "RANDOM_SHARE", "MIN_MASKING_RATE", "LABEL_SMOOTHING"}
+RANGES = {
+    "more than 0": lambda x: x > 0, "0 or more": lambda x: x >= 0, "0 to 1": lambda x: 0 <= x <= 1,
+    "0 or more, and less than 1": lambda x: 0 <= x < 1, "more than 0, and less than 1": lambda x: 0 < x < 1,
+}
+NUMBERS = {  # name: (a range from RANGES, a value that works)
+    "LEARNING_RATE": ("more than 0", 0.003), "FINETUNE_LEARNING_RATE": ("more than 0", 0.001),
+    "CLIP_NORM": ("more than 0", 1.0), "LENGTH_PENALTY": ("0 or more", 1.0), "MASK_SHARE": ("0 to 1", 0.8),
+    "RANDOM_SHARE": ("0 to 1", 0.1), "MIN_MASKING_RATE": ("0 to 1", 0.15), "DROPOUT": ("0 or more, and less than 1", 0.1),
+    "VALIDATION_SHARE": ("more than 0, and less than 1", 0.1),
+}
 
 
 def check_constants(constants):
@@ -330,39 +353,30 @@ def check_constants(constants):
     constants: a dict from name to value, such as a script's `globals()`; names that are not known here are passed over.
     Raises InputError that names the constant, its value and what would work.
     """
-    def number(name):
-        value = constants[name]
+    for name, (smallest, example) in WHOLE_NUMBERS.items():
+        value = constants.get(name, example)
         # bool is a subclass of int: without the first test, NUM_LAYERS=True would train one layer.
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InputError(f"{name}={value!r} is not a whole number: use one such as {example}")
+        if not smallest <= value < 2 ** 63:
+            raise InputError(f"{name}={value} is too {'small' if value < smallest else 'large'}: use {smallest} or more, "
+                             f"such as {example}")
+    for name, (allowed, example) in NUMBERS.items():
+        value = constants.get(name, example)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise InputError(f"{name}={value!r} is not a number: use one such as {1 if name in WHOLE_NUMBERS else 0.1}")
-        return value
+            raise InputError(f"{name}={value!r} is not a number: use one such as {example}")
+        if not RANGES[allowed](value):
+            raise InputError(f"{name}={value} cannot work: use {allowed}, such as {example}")
 
-    for name in WHOLE_NUMBERS.keys() & constants.keys():
-        if number(name) != int(constants[name]) or isinstance(constants[name], float):
-            raise InputError(f"{name}={constants[name]} is not a whole number: use {max(1, int(constants[name]))}")
-        if constants[name] < WHOLE_NUMBERS[name]:
-            raise InputError(f"{name}={constants[name]} is too small: use {WHOLE_NUMBERS[name]} or more")
-    for name in POSITIVE_NUMBERS & constants.keys():
-        if number(name) <= 0:
-            raise InputError(f"{name}={constants[name]} must be above 0: use a value such as 0.003 for a rate, 1.0 for a norm")
-    for name in SHARES & constants.keys():
-        if not 0 <= number(name) < 1:
-            raise InputError(f"{name}={constants[name]} is a share: use 0 or more, and less than 1")
-
-    if "D_MODEL" in constants and "NUM_HEADS" in constants:
-        d_model, num_heads = constants["D_MODEL"], constants["NUM_HEADS"]
-        if d_model % num_heads:
-            divisors = [n for n in range(1, d_model + 1) if d_model % n == 0]
-            shown = ", ".join(map(str, divisors[:4])) + (", ..." if len(divisors) > 4 else "")
-            raise InputError(f"NUM_HEADS={num_heads} does not divide D_MODEL={d_model}: use {shown}")
-        if d_model % 2:
-            raise InputError(f"D_MODEL={d_model} must be even, since positions come as pairs of sine and cosine: "
-                             f"use {d_model - 1} or {d_model + 1}")
-    if constants.get("MAX_DIGITS", 1) > 18:
-        raise InputError(f"MAX_DIGITS={constants['MAX_DIGITS']}: a sequence is drawn as one 64-bit number: use 1 to 18")
-    if constants.get("SEED", 0) >= 2 ** 63:
-        raise InputError(f"SEED={constants['SEED']} does not fit 64 bits: use 0 to {2 ** 63 - 1}")
-    if {"MASK_SHARE", "RANDOM_SHARE"} <= constants.keys() and constants["MASK_SHARE"] + constants["RANDOM_SHARE"] > 1:
+    d_model, num_heads = constants.get("D_MODEL", 2), constants.get("NUM_HEADS", 1)
+    if d_model % 2:
+        raise InputError(f"D_MODEL={d_model} must be even, since positions come as pairs of sine and cosine: "
+                         f"use {d_model - 1} or {d_model + 1}")
+    if d_model % num_heads:
+        divisors = [str(n) for n in range(1, d_model + 1) if d_model % n == 0]
+        raise InputError(f"NUM_HEADS={num_heads} does not divide D_MODEL={d_model}: use {', '.join(divisors[:4])}"
+                         + (", ..." if len(divisors) > 4 else ""))
+    if constants.get("MASK_SHARE", 0) + constants.get("RANDOM_SHARE", 0) > 1:
         raise InputError(f"MASK_SHARE={constants['MASK_SHARE']} and RANDOM_SHARE={constants['RANDOM_SHARE']} add up to "
                          "more than 1: use 0.8 and 0.1; what is left is kept unchanged")
     if "DEVICE" in constants:
@@ -370,10 +384,10 @@ def check_constants(constants):
 
 
 def choose_device(name):
-    """The torch.device called `name`: "cpu", "cuda" or "mps". Raises InputError if this machine has none of the kind."""
+    """The torch.device called `name`: "cpu", "cuda", "cuda:1" or "mps". Raises InputError if this machine has none."""
     available = ["cpu"]
     if torch.cuda.is_available():
-        available.append("cuda")
+        available += ["cuda"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         available.append("mps")
     if name not in available:
@@ -437,11 +451,13 @@ def load_checkpoint(path, model_class, device="cpu"):
     weights_only=True refuses to run code. A plain pickle can do *anything* when it is loaded: never load a stranger's
     checkpoint without it.
     """
-    path = Path(path)
+    path, device = Path(path), choose_device(str(device))
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}: run the script of that name first")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except PermissionError as error:
+        raise InputError(f"{path} may not be read by this user: change its permissions") from error
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} holds more than tensors and plain values, or is damaged, and was not loaded: "
                          "delete it and train again") from error
@@ -488,6 +504,8 @@ def run_script(main):
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C; checkpoints that were already saved are whole", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # the reader, `| head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # -------------------------------------------------------------------------------------
@@ -522,9 +540,11 @@ def main():
     row = len(items) // 2  # a row with padding in it, unless the batch has only one
     print(f"\nRow {row} as the encoder-decoder gets it: source {' '.join(VOCABULARY.decode(batch['source'][row]))}")
     print_label_table(batch["decoder_input"][row], batch["labels"][row])
-    print(f"\nThe same row as the decoder-only model gets it: one stream, only the answer counts")
+    print("\nThe same row as the decoder-only model gets it: one stream, only the answer counts")
     print_label_table(batch["pair"][row], batch["pair_labels"][row])
 
+    # "causal" and "both" differ in the rows of <PAD> alone: padding on the right lies in the future of every real token.
+    # An encoder has no causal mask, and there the padding mask does all the work.
     print("\nWhat each position of decoder_input may attend to (# yes, . no); rows ask, columns are asked")
     length = batch["decoder_input"].size(1)
     causal = torch.ones(length, length, dtype=torch.bool).tril()          # (T, T)

@@ -1,0 +1,65 @@
+"""What the tests share: random models whose guesses are far from uniform, and a way to run a script as a user does."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import decoder_only
+import encoder_decoder
+import encoder_only
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"encoder_only": encoder_only, "decoder_only": decoder_only, "encoder_decoder": encoder_decoder}
+MODELS = {"encoder_only": encoder_only.EncoderOnlyTransformer, "decoder_only": decoder_only.DecoderOnlyTransformer,
+          "encoder_decoder": encoder_decoder.EncoderDecoderTransformer}
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_a_fixed_seed():
+    torch.set_num_threads(1)  # tests that wait for each other's threads are slower, not faster
+    torch.manual_seed(0)
+
+
+def random_model(name, **arguments):
+    """An untrained model in float64 and evaluation mode, made opinionated. With the small embeddings that training starts
+    from, all tokens are about equally likely; with tied ones, the likeliest is the one just read, for ever. Either way
+    a test could not tell a right choice from a wrong one."""
+    options = {"d_model": 16, "num_heads": 2, "num_layers": 2, "d_ff": 32, "max_len": 64, **arguments}
+    model = MODELS[name](**options).double().eval()
+    with torch.no_grad():
+        model.embedding.weight.normal_(std=0.6)
+        model.output.weight = torch.nn.Parameter(torch.randn_like(model.embedding.weight))
+    return model
+
+
+class Workplace:
+    """A copy of the scripts in a folder of its own, so that a test can change constants and leave no trace."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        for script in ROOT.glob("*.py"):
+            (folder / script.name).write_text(script.read_text(encoding="utf-8"), encoding="utf-8")
+
+    def set(self, script, **constants):
+        path = self.folder / f"{script}.py"
+        source = path.read_text(encoding="utf-8")
+        for name, value in constants.items():
+            source, found = re.subn(rf"^{name} = .*$", f"{name} = {value}", source, flags=re.MULTILINE)
+            assert found == 1, f"{script}.py has no constant {name}"
+        path.write_text(source, encoding="utf-8")
+
+    def run(self, script, timeout=120, **environment):
+        """Run it as a user does, but with a console that prints ASCII only and no display."""
+        env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
+        env.update(PYTHONIOENCODING="ascii", **environment)
+        return subprocess.run([sys.executable, f"{script}.py"], cwd=self.folder, env=env, capture_output=True,
+                              text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    return Workplace(tmp_path)

@@ -1,0 +1,118 @@
+"""Plant the mistakes that learners make, one at a time, in a copy of the collection: does a test fail?
+
+    python tests/planted_mistakes.py            (about 10 minutes; prints a row for each mistake)
+
+Not collected by pytest. A mistake is a text to find and a text to put there, in every script that has it.
+"""
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MISTAKES = [
+    ("scores not divided by sqrt(K)", "keys.transpose(-2, -1) / math.sqrt(self.head_dim)", "keys.transpose(-2, -1)"),
+    ("scores divided by sqrt(D), not sqrt(K)", "/ math.sqrt(self.head_dim)", "/ math.sqrt(x.size(-1))"),
+    ("fused kernel scaled once more", "F.scaled_dot_product_attention(queries,",
+     "F.scaled_dot_product_attention(queries / math.sqrt(self.head_dim),"),
+    ("padding mask on queries", "return (tokens != PAD)[:, None, None, :]", "return (tokens != PAD)[:, None, :, None]"),
+    ("mask the other way round", "scores.masked_fill(~mask, -math.inf)", "scores.masked_fill(mask, -math.inf)"),
+    ("empty rows become NaN", "weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)", "weights = weights"),
+    ("weights returned after dropout", "context = F.dropout(weights, self.dropout, self.training) @ values",
+     "weights = F.dropout(weights, self.dropout, self.training); context = weights @ values"),
+    ("softmax over queries", "torch.softmax(scores, dim=-1)", "torch.softmax(scores, dim=-2)"),
+    ("heads cut with view alone", "heads = x.view(x.size(0), x.size(1), self.num_heads, self.head_dim)",
+     "return x.reshape(x.size(0), self.num_heads, x.size(1), self.head_dim); heads = x"),
+    ("heads joined without swapping back", "context.transpose(1, 2).reshape(x.shape)", "context.reshape(x.shape)"),
+    ("residual from the normed input", "x = x + self.dropout(attended)", "x = normed + self.dropout(attended)"),
+    ("second residual forgotten", "x = x + self.dropout(self.feed_forward(self.norm2(x)))",
+     "x = self.dropout(self.feed_forward(self.norm2(x)))"),
+    ("<EOS> after the padding", 'labels = pad_rows([target + [EOS] for target in targets], IGNORE_INDEX)',
+     'labels = torch.cat([pad_rows(targets, IGNORE_INDEX), torch.full((len(targets), 1), EOS)], 1)'),
+    ("label shifted twice", "return F.cross_entropy(logits.flatten(0, 1), labels.flatten(),",
+     "return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(),"),
+    ("label not shifted", "decoder_input = pad_rows([[SOS] + target for target in targets], PAD)",
+     "decoder_input = pad_rows([target + [EOS] for target in targets], PAD)"),
+    ("padding counts in the loss", "[IGNORE_INDEX] * len(s) + t + [EOS] for s, t in zip(sources, targets)],\n"
+     "                           IGNORE_INDEX)", "[IGNORE_INDEX] * len(s) + t + [EOS] for s, t in zip(sources, targets)],\n"
+     "                           PAD)"),
+    ("digits count in the loss", "[IGNORE_INDEX] * len(s) + t + [EOS]", "s[1:] + [SEP] + t + [EOS]"),
+    ("causal mask hides the present", ".tril(keys - queries)", ".tril(keys - queries - 1)"),
+    ("causal mask ignores the cache", ".tril(keys - queries)", ".tril()"),
+    ("causal mask shows one future token", ".tril(keys - queries)", ".tril(keys - queries + 1)"),
+    ("cache with positions that start over", "torch.arange(past, past + new, device=decoder_input.device)",
+     "torch.arange(new, device=decoder_input.device)"),
+    ("cached token at the wrong position", "positions[:, start:end], caches)", "positions[:, start:end] * 0, caches)"),
+    ("cache overwrites its last entry", "self.keys[:, :, self.length:end] = keys",
+     "self.keys[:, :, max(0, self.length - 1):max(0, self.length - 1) + keys.size(2)] = keys"),
+    ("left padding counted as positions", "(real.cumsum(1) - 1).clamp(min=0)",
+     "torch.arange(total, device=device).expand_as(real)"),
+    ("left padding not masked", "mask = None if real.all() else real[:, None, None, :]", "mask = None"),
+    ("cross-attention without padding mask in writing",
+     "hidden, _ = self.decode(tokens[:, start:end], memory_kv, source_mask, caches=caches)",
+     "hidden, _ = self.decode(tokens[:, start:end], memory_kv, None, caches=caches)"),
+    ("cross-attention reads the target", "self.cross_attention(self.norm_cross(x), memory_keys, memory_values,",
+     "self.cross_attention(self.norm_cross(x), *self.cross_attention.keys_values(x),"),
+    ("rows not cut at their <EOS>", "row[:row.index(stop_at) + 1] if stop_at in row else row", "row"),
+    ("writing stops when the first row has", "if finished.all():", "if finished.any():"),
+    ("top-p drops the token that crosses p", "before < top_p", "before + probabilities <= top_p"),
+    ("top-k keeps all that are level", "logits = logits.masked_fill(~keep, -math.inf)                                    "
+     "# (B, V)\n    if top_p", "logits = logits.masked_fill(logits < logits.gather(-1, best[:, -1:]), -math.inf)\n    if top_p"),
+    ("penalty rewards negative logits", "torch.where(scores > 0, scores / repetition_penalty, scores * repetition_penalty)",
+     "scores / repetition_penalty"),
+    ("beams: cache not reordered", "cache.keys[:, :, :length] = cache.keys[rows, :, :length]", "pass"),
+    ("beams: all start alive", "live[:, 0] = 0.0", "live[:] = 0.0"),
+    ("beams: length without <EOS>", "Hypothesis(total / length ** length_penalty",
+     "Hypothesis(total / max(1, length - 1) ** length_penalty"),
+    ("beams: stop at the first answer", "(hope <= to_beat).all(1, keepdim=True)", "(to_beat > -math.inf)"),
+    ("beams: finished ones live on", "live = kept.masked_fill(ends, -math.inf)", "live = kept"),
+    ("beams: wrong parent", "index // self.vocab_size", "index % width"),
+    ("MLM: two draws instead of one", "swap = selected & (action >= MASK_SHARE) & (action < MASK_SHARE + RANDOM_SHARE)",
+     "swap = selected & (rand(batch, length) < RANDOM_SHARE)"),
+    ("MLM: special tokens as replacements", "torch.randint(FIRST_ORDINARY, len(VOCABULARY)",
+     "torch.randint(0, len(VOCABULARY)"),
+    ("MLM: loss on all positions", "labels = tokens.masked_fill(~selected, IGNORE_INDEX)", "labels = tokens.clone()"),
+    ("MLM: rate fixed at 15 %", "rate = MIN_MASKING_RATE + (1 - MIN_MASKING_RATE) * rand(batch, 1)",
+     "rate = torch.full((batch, 1), 0.15)"),
+    ("mean pooling over padding", "pooled = (hidden * real).sum(1) / real.sum(1)", "pooled = hidden.mean(1)"),
+    ("embeddings not tied", "self.output.weight = self.embedding.weight", "pass"),
+    ("embeddings start with std 1", "nn.init.normal_(self.embedding.weight, std=0.02)", "pass"),
+    ("sine and cosine exchanged", "table[:, 0::2] = torch.sin", "table[:, 0::2] = torch.cos"),
+    ("mean of means in evaluate", "correct / counted", "correct / len(loader)"),
+    ("gradients never zeroed", "optimizer.zero_grad()  #", "pass  #"),
+    ("rate never warms up", "return (step + 1) / WARMUP_STEPS", "return step / WARMUP_STEPS"),
+    ("validation sequences also trained on", "training += indices[held_out:]", "training += indices"),
+]
+FAST_TESTS = ["test_blocks.py", "test_models.py", "test_generation.py", "test_training.py", "test_dataset.py"]
+
+
+def main():
+    missed = 0
+    for name, old, new in MISTAKES:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "collection"
+            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "checkpoints", "__pycache__", ".*cache"))
+            planted = 0
+            for script in copy.glob("*.py"):
+                text = script.read_text(encoding="utf-8")
+                if old in text:
+                    script.write_text(text.replace(old, new), encoding="utf-8")
+                    planted += 1
+            if not planted:
+                print(f"{'NOT FOUND':9s} {name}: the text to replace is in no script", flush=True)
+                missed += 1
+                continue
+            done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+                                   *(f"tests/{test}" for test in FAST_TESTS)], cwd=copy, capture_output=True, text=True)
+            found = re.search(r"^(?:FAILED|ERROR) \S*?(test_\w+\.py(?:::\w+)?)", done.stdout, flags=re.MULTILINE)
+            missed += found is None
+            print(f"{'caught' if found else 'MISSED':9s} {name:48s} in {planted}   {found[1] if found else ''}", flush=True)
+    print(f"{len(MISTAKES) - missed} of {len(MISTAKES)} planted mistakes were caught")
+    sys.exit(missed > 0)
+
+
+if __name__ == "__main__":
+    main()

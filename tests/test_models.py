@@ -1,0 +1,264 @@
+"""The models: who can influence whom, what padding may not do, and what a checkpoint must survive."""
+import math
+import os
+
+import pytest
+import torch
+
+import encoder_only
+from conftest import MODELS, SCRIPTS, random_model
+from toy_dataset import (IGNORE_INDEX, MASK, PAD, SEP, SOS, VOCABULARY, collate_fn, create_dataloaders, load_checkpoint,
+                         pad_rows)
+
+PROMPT = VOCABULARY.encode("4 0 7 <SEP> four zero seven")
+
+
+def logits_of(name, model, source, target=None):
+    """Logits of one model for (B, S) source ids; the encoder-decoder gets `target` as decoder input too."""
+    return model(source, target) if name == "encoder_decoder" else model(source)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@torch.no_grad()
+def test_a_future_token_cannot_change_the_past_in_a_decoder_only_model(use_cache):
+    model = random_model("decoder_only")
+    before = model(torch.tensor([PROMPT]))
+    for changed in range(len(PROMPT)):
+        tokens = torch.tensor([PROMPT])
+        tokens[0, changed] = 9
+        difference = (model(tokens) - before).abs().sum(-1)[0]
+        assert (difference[:changed] == 0).all()
+        assert (difference[changed:] > 1e-6).all()  # and the past does change the future
+
+
+@torch.no_grad()
+def test_a_future_token_cannot_change_the_past_in_the_decoder_of_an_encoder_decoder():
+    model = random_model("encoder_decoder")
+    source, target = torch.tensor([PROMPT[:3]]), torch.tensor([[SOS, 20, 16, 23]])
+    before = model(source, target)
+    for changed in range(4):
+        other = target.clone()
+        other[0, changed] = 9
+        difference = (model(source, other) - before).abs().sum(-1)[0]
+        assert (difference[:changed] == 0).all() and (difference[changed:] > 1e-6).all()
+    for changed in range(3):  # every target position sees every source position
+        other = source.clone()
+        other[0, changed] = 15
+        assert ((model(other, target) - before).abs().sum(-1)[0] > 1e-6).all()
+
+
+@torch.no_grad()
+def test_in_an_encoder_everyone_sees_everyone():
+    model = random_model("encoder_only")
+    before = model(torch.tensor([PROMPT]))
+    for changed in range(len(PROMPT)):
+        tokens = torch.tensor([PROMPT])
+        tokens[0, changed] = 9
+        assert ((model(tokens) - before).abs().sum(-1)[0] > 1e-6).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_padding_cannot_change_a_real_position(name):
+    model = random_model(name)
+    alone = torch.tensor([PROMPT])
+    padded = torch.cat([alone, torch.full((1, 6), PAD)], dim=1)
+    target = torch.tensor([[SOS, 20, 16]])
+    expected = logits_of(name, model, alone, target)
+    out = logits_of(name, model, padded, target)
+    torch.testing.assert_close(out[:, :expected.size(1)], expected, atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
+def test_padding_in_the_target_cannot_change_a_real_position():
+    model = random_model("encoder_decoder")
+    source, target = torch.tensor([PROMPT[:3]]), torch.tensor([[SOS, 20, 16]])
+    padded = torch.cat([target, torch.full((1, 4), PAD)], dim=1)
+    out = model(source, padded, None, (padded != PAD)[:, None, None])
+    torch.testing.assert_close(out[:, :3], model(source, target), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_batch_equals_its_rows(name):
+    model = random_model(name)
+    rows = [PROMPT, PROMPT[:1], PROMPT[:4]]
+    batch = pad_rows(rows, PAD)
+    target = torch.tensor([[SOS, 20, 16]] * 3)
+    out = logits_of(name, model, batch, target)
+    for i, row in enumerate(rows):
+        alone = logits_of(name, model, torch.tensor([row]), target[:1])
+        torch.testing.assert_close(out[i, :alone.size(1)], alone[0], atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
+def test_the_classifier_averages_real_tokens_only():
+    classifier = encoder_only.LargestDigitClassifier(random_model("encoder_only")).double().eval()
+    alone = torch.tensor([PROMPT[:3]])
+    padded = torch.cat([alone, torch.full((1, 5), PAD)], dim=1)
+    torch.testing.assert_close(classifier(padded), classifier(alone), atol=1e-10, rtol=0)
+    hidden, _ = classifier.encoder.encode(alone)
+    torch.testing.assert_close(classifier(alone), classifier.head(hidden.mean(1)), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_order_matters_without_positions_it_would_not(name):
+    # One layer: from the second on, a causal model can tell the order even without positions, because the first has shown
+    # each token only what came before it.
+    model = random_model(name, num_layers=1)
+    tokens, swapped = torch.tensor([[10, 6, 13, 9]]), torch.tensor([[6, 10, 13, 9]])
+    target = torch.tensor([[SOS]])
+
+    def last(t):
+        return logits_of(name, model, t, target)[0, -1]
+
+    assert (last(tokens) - last(swapped)).abs().max() > 1e-3
+    model.positional_encoding.table.zero_()
+    torch.testing.assert_close(last(tokens), last(swapped), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tied_weights_and_a_first_loss_near_guessing(name):
+    model = MODELS[name]()
+    assert model.output.weight is model.embedding.weight
+    _, loader = create_dataloaders(2000, 5, 64, 0)
+    assert SCRIPTS[name].evaluate(model, loader)["loss"] == pytest.approx(math.log(26), abs=0.15)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_gets_a_gradient(name):
+    model = MODELS[name]()
+    batch = next(iter(create_dataloaders(500, 5, 64, 0)[0]))
+    SCRIPTS[name].compute_loss(model, batch).backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or (p.grad == 0).all()]
+    # A key's bias adds the same to all scores of a query, and softmax ignores it: its gradient is rounding noise.
+    assert not [n for n in without if not n.endswith("w_k.bias")]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_attention_weights_that_are_shown_are_those_that_are_used(name):
+    model = random_model(name)
+    tokens = torch.tensor([PROMPT, PROMPT[:3] + [PAD] * 4])
+    with torch.no_grad():
+        if name == "encoder_only":
+            out, weights = model.encode(tokens, need_weights=True)
+            expected, none = model.encode(tokens)
+            shape = (2, 2, 7, 7)
+        elif name == "decoder_only":
+            out, weights = model.hidden_states(tokens, need_weights=True)
+            expected, none = model.hidden_states(tokens)
+            shape = (2, 2, 7, 7)
+        else:
+            kv, mask = model.memory_keys_values(model.encode(tokens)), (tokens != PAD)[:, None, None]
+            out, weights = model.decode(tokens[:, :3], kv, mask, need_weights=True)
+            expected, none = model.decode(tokens[:, :3], kv, mask)
+            shape = (2, 2, 3, 7)
+    assert none is None and len(weights) == 2
+    torch.testing.assert_close(out, expected, atol=1e-10, rtol=0)
+    for layer in weights:
+        assert layer.shape == shape
+        torch.testing.assert_close(layer.sum(-1), torch.ones(shape[:3]).double())
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("tokens, words", [
+    (torch.empty(0, 4, dtype=torch.long), "shape"), (torch.empty(2, 0, dtype=torch.long), "shape"),
+    (torch.tensor([6, 7]), "shape"), (torch.tensor([[6, 26]]), "26 is outside"), (torch.tensor([[6, -1]]), "-1 is outside"),
+    (torch.tensor([[6, 7], [PAD, PAD]]), "nothing but <PAD>"), (torch.full((1, 65), 6), "max_len=64")])
+def test_tokens_that_a_model_cannot_read_are_refused_in_one_line(name, tokens, words):
+    with pytest.raises(ValueError, match=words) as error:
+        logits_of(name, random_model(name), tokens, torch.tensor([[SOS]]))
+    assert "\n" not in str(error.value)
+
+
+# --- checkpoints ----------------------------------------------------------------------
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_model_comes_back_the_same(name, tmp_path):
+    model = MODELS[name](d_model=16, num_heads=2, num_layers=1, d_ff=32)
+    model.save(tmp_path / "new folder" / "model.pt")
+    loaded = MODELS[name].load(tmp_path / "new folder" / "model.pt")
+    assert loaded.arguments == model.arguments
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+    assert loaded.output.weight is loaded.embedding.weight
+    assert os.listdir(tmp_path / "new folder") == ["model.pt"]  # the temporary file is gone
+
+
+class Attack:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+@pytest.mark.parametrize("damage, words", [
+    ("missing", "no checkpoint"), ("cut short", "cut short|damaged"), ("garbage", "cut short|damaged"),
+    ("empty", "cut short|damaged"), ("code", "not loaded"), ("a bare tensor", "not a checkpoint"),
+    ("other architecture", "DecoderOnlyTransformer"), ("other size", "does not fit"), ("other arguments", "does not fit"),
+    ("a folder", "no checkpoint")])
+def test_a_checkpoint_that_is_broken_or_foreign_is_refused_in_one_line(damage, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model.pt"
+    model = MODELS["encoder_only"](d_model=16, num_heads=2, num_layers=1, d_ff=32)
+    good = {"architecture": "EncoderOnlyTransformer", "arguments": model.arguments, "weights": model.state_dict()}
+    if damage == "cut short":
+        model.save(path)
+        path.write_bytes(path.read_bytes()[:5000])
+    elif damage == "garbage":
+        path.write_bytes(b"not a checkpoint at all" * 99)
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "code":
+        torch.save({**good, "weights": Attack()}, path)
+    elif damage == "a bare tensor":
+        torch.save(torch.zeros(3), path)
+    elif damage == "other architecture":
+        MODELS["decoder_only"](d_model=16, num_heads=2).save(path)
+    elif damage == "other size":
+        torch.save({**good, "arguments": {**model.arguments, "d_model": 32}}, path)
+    elif damage == "other arguments":
+        torch.save({**good, "arguments": {"width": 16}}, path)
+    elif damage == "a folder":
+        path.mkdir()
+    with pytest.raises(ValueError, match=words) as error:
+        MODELS["encoder_only"].load(path)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_failed_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    model = MODELS["encoder_only"](d_model=16, num_heads=2)
+    model.save(tmp_path / "model.pt")
+    before = (tmp_path / "model.pt").read_bytes()
+
+    def disk_full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        MODELS["encoder_only"](d_model=32, num_heads=2).save(tmp_path / "model.pt")
+    assert (tmp_path / "model.pt").read_bytes() == before
+    assert os.listdir(tmp_path) == ["model.pt"]
+    load_checkpoint(tmp_path / "model.pt", MODELS["encoder_only"])
+
+
+@torch.no_grad()
+def test_the_blank_is_the_only_thing_fill_blanks_changes():
+    model = random_model("encoder_only")
+    rows = ["4 0 <MASK> <SEP> four zero seven".split(), "<MASK>".split(), "9 <SEP> nine".split()]
+    filled = encoder_only.fill_blanks(model, rows)
+    assert filled[2] == rows[2] and len(filled[1]) == 1
+    assert filled[0][:2] + filled[0][3:] == rows[0][:2] + rows[0][3:]
+    logits = model(torch.tensor([VOCABULARY.encode(rows[0])]))[0]
+    assert VOCABULARY.ids[filled[0][2]] == logits[2].argmax()
+
+
+@torch.no_grad()
+def test_evaluation_blanks_all_words_and_nothing_else():
+    model = random_model("encoder_only")
+    items = [{"digits": ["4", "0"], "words": ["four", "zero"], "source": [10, 6], "target": [20, 16]},
+             {"digits": ["7"], "words": ["seven"], "source": [13], "target": [23]}]
+    batch = collate_fn(items)
+    logits, labels = encoder_only.predict(model, batch)
+    assert labels.tolist() == [[IGNORE_INDEX] * 3 + [20, 16], [IGNORE_INDEX] * 2 + [23] + [IGNORE_INDEX] * 2]
+    seen = torch.tensor([[10, 6, SEP, MASK, MASK], [13, SEP, MASK, PAD, PAD]])
+    torch.testing.assert_close(logits, model(seen))

@@ -1,0 +1,225 @@
+"""Training: the blanks are what BERT says, the schedule moves from the first step, and a broken run stops itself."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import encoder_only
+from conftest import MODELS, SCRIPTS
+from toy_dataset import (FIRST_ORDINARY, IGNORE_INDEX, MASK, PAD, SEP, VOCABULARY, check_constants, create_dataloaders,
+                         pad_rows, to_device)
+
+PAIRS = pad_rows([VOCABULARY.encode("4 0 7 2 9 <SEP> four zero seven two nine"), VOCABULARY.encode("3 <SEP> three")] * 3000,
+                 PAD)
+
+
+@pytest.fixture(scope="module")
+def masked():
+    return encoder_only.mask_tokens(PAIRS, torch.Generator().manual_seed(0))
+
+
+def test_selected_tokens_become_80_percent_masks_10_percent_others_and_10_percent_stay(masked):
+    corrupted, labels = masked
+    selected = labels != IGNORE_INDEX
+    shares = torch.tensor([(corrupted[selected] == MASK).double().mean(),
+                           ((corrupted != MASK) & (corrupted != PAIRS))[selected].double().mean(),
+                           (corrupted == PAIRS)[selected].double().mean()])
+    # One in twenty random tokens happens to be the original: 10 % * 19/20, and the rest goes to "stay".
+    torch.testing.assert_close(shares, torch.tensor([0.8, 0.095, 0.105]).double(), atol=0.012, rtol=0)
+
+
+def test_only_selected_positions_change_and_only_they_have_labels(masked):
+    corrupted, labels = masked
+    selected = labels != IGNORE_INDEX
+    assert torch.equal(corrupted[~selected], PAIRS[~selected])
+    assert torch.equal(labels[selected], PAIRS[selected])
+
+
+def test_special_tokens_are_never_selected_and_never_a_replacement(masked):
+    corrupted, labels = masked
+    special = PAIRS < FIRST_ORDINARY
+    assert (labels[special] == IGNORE_INDEX).all()
+    changed = corrupted[corrupted != PAIRS]
+    assert ((changed == MASK) | (changed >= FIRST_ORDINARY)).all()
+    others = changed[changed != MASK]
+    assert set(others.tolist()) == set(range(FIRST_ORDINARY, 26))  # every digit and every word occurs
+
+
+def test_each_row_has_blanks_on_one_side_both_sides_occur_and_so_does_the_all_blank_row(masked):
+    _, labels = masked
+    selected = labels != IGNORE_INDEX
+    right = (PAIRS == SEP).cumsum(1) > 0
+    on_left, on_right = (selected & ~right).sum(1), (selected & right).sum(1)
+    assert ((on_left > 0) ^ (on_right > 0)).all()  # exactly one side, and never none
+    assert (on_right > 0).double().mean().item() == pytest.approx(0.5, abs=0.03)
+    long_rows = torch.arange(len(PAIRS)) % 2 == 0
+    share_all = (torch.maximum(on_left, on_right)[long_rows] == 5).double().mean().item()
+    assert share_all > 0.1  # a fixed rate of 15 % would give 0.00008
+    count = (torch.maximum(on_left, on_right)[long_rows]).double().mean().item() / 5
+    assert 0.5 < count < 0.65  # rates between 0.15 and 1, and at least one
+
+
+def test_in_training_blanks_are_drawn_anew_in_evaluation_they_are_fixed():
+    model = MODELS["encoder_only"](d_model=16, num_heads=2, num_layers=1)
+    batch = next(iter(create_dataloaders(500, 5, 64, 0)[0]))
+    for training in (True, False):
+        model.train(training)
+        losses = {encoder_only.compute_loss(model, batch).item() for _ in range(3)}
+        assert len(losses) == (3 if training else 1)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("total, warmup", [(100, 10), (1000, 40), (5, 40), (3, 0), (1, 0)])
+def test_the_learning_rate_moves_at_once_peaks_once_and_ends_low(name, total, warmup, monkeypatch):
+    monkeypatch.setattr(SCRIPTS[name], "WARMUP_STEPS", warmup)
+    factors = [SCRIPTS[name].lr_factor(step, total) for step in range(total)]
+    assert all(0 < factor <= 1 for factor in factors)
+    up = factors[:min(warmup, total)]
+    assert up == sorted(up)
+    if total > warmup > 0:
+        assert factors[warmup - 1] == 1.0 and factors[0] == 1 / warmup
+        assert factors[warmup:] == sorted(factors[warmup:], reverse=True)
+        assert factors[-1] < 0.1
+    assert SCRIPTS[name].lr_factor(10 * total + warmup, total) == pytest.approx(0.05)  # and stays there
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_loss_is_the_mean_over_the_labels_that_count(name):
+    model = MODELS[name](d_model=16, num_heads=2, num_layers=1).eval()
+    batch = next(iter(create_dataloaders(500, 5, 16, 0)[0]))
+    logits, labels = SCRIPTS[name].predict(model, batch)
+    total, count = 0.0, 0
+    for row, row_labels in zip(logits, labels):
+        for position, label in zip(row, row_labels.tolist()):
+            if label != IGNORE_INDEX:
+                total -= position.log_softmax(-1)[label].item()
+                count += 1
+    assert SCRIPTS[name].compute_loss(model, batch).item() == pytest.approx(total / count, rel=1e-4)
+    words = sum(len(row) for row in batch["words"])
+    assert count == words + (0 if name == "encoder_only" else len(batch["words"]))  # <EOS> counts too, digits never
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_evaluation_is_the_same_for_every_batch_size_and_changes_nothing(name):
+    model = MODELS[name](d_model=16, num_heads=2, num_layers=1)
+    results = []
+    for batch_size in (3, 32):
+        torch.manual_seed(1)
+        before = torch.get_rng_state()
+        result = SCRIPTS[name].evaluate(model, create_dataloaders(400, 5, batch_size, 0)[1])
+        assert torch.equal(torch.get_rng_state(), before)
+        assert len(result["examples"]) == len(create_dataloaders(400, 5, batch_size, 0)[1].dataset)
+        results.append({key: result[key] for key in ("loss", "accuracy", "exact_match")})
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_exact_match_counts_what_translate_writes(name, monkeypatch):
+    """Half of the rows made right, one word made wrong in the others: exact match says one half, mistakes come first."""
+    script = SCRIPTS[name]
+    _, loader = create_dataloaders(1000, 5, 10, 0)
+    turn = iter(range(10 ** 6))
+
+    def half_right(model, sequences):
+        words = [[VOCABULARY.tokens[VOCABULARY.ids[d] + 10] for d in digits] for digits in sequences]
+        return [row if next(turn) % 2 else row[:-1] + ["<EOS>"] for row in words]
+
+    monkeypatch.setattr(script, "translate", half_right)
+    result = script.evaluate(MODELS[name](d_model=16, num_heads=2, num_layers=1), loader)
+    assert result["exact_match"] == pytest.approx(0.5, abs=0.01)
+    verdicts = [expected == written for _, expected, written in result["examples"]]
+    assert verdicts == sorted(verdicts)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_stop_too_early_or_too_late_is_a_mistake(name):
+    if name == "encoder_only":
+        pytest.skip("it is told how many words to write: there is no stop to get wrong")
+    script, model = SCRIPTS[name], MODELS[name](d_model=16, num_heads=2, num_layers=1)
+    written = {"early": [20, 2], "right": [20, 16, 2], "late": [20, 16, 16, 2], "never": [20, 16, 16, 16]}
+    for ids in written.values():
+        model.generate = lambda *a, ids=ids, **k: [ids]
+        right = script.translate(model, [["4", "0"]]) == [["four", "zero"]]
+        assert right == (ids == written["right"])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_one_batch_is_learned_by_heart(name):
+    """The cheapest test that finds a broken residual, a wrong shift or a frozen weight: the loss must go to about 0."""
+    script = SCRIPTS[name]
+    model = MODELS[name](d_model=32, num_heads=2, num_layers=2, d_ff=64)
+    batch = next(iter(create_dataloaders(200, 4, 8, 0)[0]))
+    optimizer, _ = script.create_optimizer(model, 3e-3, 300)
+    for group in optimizer.param_groups:
+        group["lr"] = 3e-3
+    first = script.compute_loss(model, batch).item()
+    for _ in range(250 if name != "encoder_only" else 500):
+        loss = script.compute_loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    assert script.compute_loss(model, batch).item() < 0.1 < first
+    assert script.translate(model, batch["digits"]) == batch["words"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_loss_that_is_no_number_stops_the_run_with_the_step_and_a_hint(name):
+    script, model = SCRIPTS[name], MODELS[name](d_model=16, num_heads=2, num_layers=1)
+    train_loader, _ = create_dataloaders(300, 4, 32, 0)
+    optimizer, scheduler = script.create_optimizer(model, 1e-3, 100)
+    script.train_epoch(model, train_loader, optimizer, scheduler)
+    steps = len(train_loader)
+    with torch.no_grad():
+        model.embedding.weight[7] = math.nan
+    with pytest.raises(ValueError, match=rf"nan at step {steps}.*LEARNING_RATE"):
+        script.train_epoch(model, train_loader, optimizer, scheduler)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_training_is_reproducible(name):
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        model = MODELS[name](d_model=16, num_heads=2, num_layers=1, dropout=0.1)
+        train_loader, _ = create_dataloaders(300, 4, 32, 0)
+        optimizer, scheduler = SCRIPTS[name].create_optimizer(model, 1e-3, 100)
+        losses.append([SCRIPTS[name].train_epoch(model, train_loader, optimizer, scheduler) for _ in range(2)])
+    assert losses[0] == losses[1]
+
+
+def test_the_classifier_does_not_change_the_encoder_it_was_made_from():
+    encoder = MODELS["encoder_only"](d_model=16, num_heads=2, num_layers=1)
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    classifier = encoder_only.LargestDigitClassifier(encoder)
+    train_loader, val_loader = create_dataloaders(300, 4, 32, 0)
+    optimizer, scheduler = encoder_only.create_optimizer(classifier, 1e-2, 30)
+    encoder_only.train_epoch(classifier, train_loader, optimizer, scheduler, encoder_only.classifier_loss)
+    assert all(torch.equal(before[key], value) for key, value in encoder.state_dict().items())
+    assert not torch.equal(before["embedding.weight"], classifier.encoder.embedding.weight)
+    batch = to_device(next(iter(val_loader)), "cpu")
+    expected = F.cross_entropy(classifier(batch["source"]), batch["largest"])
+    torch.testing.assert_close(encoder_only.classifier_loss(classifier, batch), expected)
+    assert 0 <= encoder_only.evaluate_classifier(classifier, val_loader) <= 1
+
+
+@pytest.mark.parametrize("constants, words", [
+    ({"NUM_HEADS": 3, "D_MODEL": 64}, "NUM_HEADS=3 does not divide D_MODEL=64: use 1, 2, 4, 8, ..."),
+    ({"D_MODEL": 65, "NUM_HEADS": 5}, "D_MODEL=65 must be even"), ({"D_MODEL": 0}, "D_MODEL=0 is too small"),
+    ({"NUM_LAYERS": True}, "NUM_LAYERS=True is not a whole number"), ({"NUM_EPOCHS": 1.5}, "NUM_EPOCHS=1.5 is not a whole"),
+    ({"BATCH_SIZE": "64"}, "BATCH_SIZE='64' is not a whole"), ({"SEED": -1}, "SEED=-1"), ({"SEED": 10 ** 400}, "too large"),
+    ({"LEARNING_RATE": 0}, "LEARNING_RATE=0 "), ({"LEARNING_RATE": math.nan}, "LEARNING_RATE=nan is not a number"),
+    ({"LEARNING_RATE": None}, "LEARNING_RATE=None is not a number"), ({"DROPOUT": 1.0}, "DROPOUT=1.0"),
+    ({"DROPOUT": -0.1}, "DROPOUT=-0.1"), ({"VALIDATION_SHARE": 0}, "VALIDATION_SHARE=0"),
+    ({"MASK_SHARE": 0.8, "RANDOM_SHARE": 0.3}, "add up to more than 1"), ({"DEVICE": "tpu"}, "DEVICE='tpu'"),
+    ({"BEAM_WIDTH": 0}, "BEAM_WIDTH=0"), ({"LENGTH_PENALTY": -1}, "LENGTH_PENALTY=-1")])
+def test_constants_that_cannot_work_are_refused_by_name_value_and_fix(constants, words):
+    with pytest.raises(ValueError) as error:
+        check_constants(constants)
+    assert words in str(error.value) and "use " in str(error.value) and "\n" not in str(error.value)
+
+
+def test_constants_that_work_pass():
+    check_constants({"D_MODEL": 64, "NUM_HEADS": 4, "DROPOUT": 0, "LEARNING_RATE": 1, "MASK_SHARE": 1.0, "RANDOM_SHARE": 0,
+                     "DEVICE": "cpu", "SOMETHING_ELSE": object()})
