@@ -227,7 +227,9 @@ class KeyValueCache:
 
     Causal attention makes this exact and not an approximation: a token's key and value depend on it and on earlier
     tokens, so later ones cannot change them. To write token n, one row goes through the layers where n did; only its
-    attention still looks at n keys. The price is memory: 2 * layers * D numbers for every token of every row.
+    attention still looks at n keys. The price is memory: 2 * layers * D numbers for every token of every row. Here that
+    is 2 * 2 * 64 * 4 bytes = 1 KiB a token; for a model of 32 layers and D = 4096 in 16 bits (LLaMA 7B) it is 512 KiB,
+    a gibibyte for 2048 tokens.
 
     That memory is taken at once. Growing it token by token with torch.cat copies everything at every step.
     """
@@ -630,7 +632,12 @@ def least_sure(model, loader):
 
 @torch.inference_mode()
 def show_filters(model, prompt):
-    """Print the distribution of the token after `prompt` (a list of tokens), before and after each filter."""
+    """Print the distribution of the token after `prompt` (a list of tokens), before and after each filter.
+
+    A dash is a probability of exactly 0. Watch the last column: temperature leaves every token possible, top_k as many
+    as it says, top_p as many as it takes. And watch the two rows with top_p=0.9: the flatter the distribution, the more
+    tokens the same p lets through.
+    """
     model.eval()
     tokens = torch.tensor([VOCABULARY.encode(prompt)], device=next(model.parameters()).device)  # (1, T)
     logits = model(tokens)[:, -1]                                                        # (1, V)
@@ -655,7 +662,11 @@ def show_filters(model, prompt):
 
 
 def show_strategies(model, examples, prompt, generator):
-    """Print for each strategy: how many of `examples` it gets right, and how many different answers 50 tries give."""
+    """Print for each strategy: how many of `examples` it gets right, and how many different answers 50 tries give.
+
+    Here one answer is right and variety is only a way to be wrong. For a story it is the other way round: nothing is
+    right, and greedy tells the same one for ever (Holtzman et al. 2020).
+    """
     digits = prompt[:prompt.index("<SEP>")]
     print(f"  {len(examples)} unseen sequences, each translated once; then 50 times {' '.join(digits)}")
     for name, options in (("greedy", {}), ("temperature=0.5", {"temperature": 0.5}),
@@ -669,14 +680,23 @@ def show_strategies(model, examples, prompt, generator):
 
 
 def show_repetition_penalty(model, digits):
-    """Print what a penalty on repetition does to an answer that has to repeat itself."""
+    """Print what a penalty on repetition does to an answer that has to repeat itself.
+
+    A sure model withstands a mild penalty: its right logit is far above the rest. A strong one makes it write anything
+    but what it has written already.
+    """
     for penalty in (1.0, 2.0, 5.0, 20.0):
         written = translate(model, [digits], repetition_penalty=penalty)[0]
         print(f"  {' '.join(digits)}   repetition_penalty={penalty:<5}  ->  {' '.join(written)}")
 
 
 def show_cache(lengths=(32, 64, 128, 256)):
-    """Time writing with and without cache, the median of three. Weights are random: time does not depend on them."""
+    """Time writing with and without cache, the median of three. Weights are random: time does not depend on them.
+
+    With the cache the time grows in step with the length. Without, each token costs a pass over all before it; so the
+    quotient grows, slowly at first: a pass over 64 tokens is hardly slower than one over a single token while calling
+    the kernels takes longer than their work.
+    """
     model = DecoderOnlyTransformer(len(VOCABULARY), D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF, max_len=max(lengths) + 2)
     model.to(choose_device(DEVICE))
     prompt = [VOCABULARY.encode("7 <SEP>")]

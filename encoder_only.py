@@ -509,7 +509,12 @@ def evaluate(model, loader):
 # Pretraining pays where text is plentiful and labels are rare. Here labels are plentiful too, so `main` trains the same
 # classifier on an untrained encoder beside it: look at both columns before you believe that it helped.
 class LargestDigitClassifier(nn.Module):
-    """`4 0 7` -> 7. A pretrained encoder, one vector for the whole row, one linear layer.
+    """`4 0 7` -> 7. A pretrained encoder, one vector for the whole row, one linear layer: 650 new weights at D = 64.
+
+        4   0   7  <PAD>          tokens
+        v4  v0  v7   -            what the encoder makes of them, a vector each
+        (v4 + v0 + v7) / 3        one vector: the mean over real tokens
+        logits for 0 ... 9        the head
 
     Departs from Devlin et al. 2019, who read the vector of an extra [CLS] token: here the vectors of all real tokens
     are averaged, which needs no extra token and shows a mistake worth knowing (see `forward`).
@@ -557,7 +562,11 @@ def evaluate_classifier(classifier, loader):
 # -------------------------------------------------------------------------------------
 @torch.inference_mode()
 def show_blank(model, text):
-    """Print the model's five best guesses for the first <MASK> in `text`; there must be one."""
+    """Print the model's five best guesses for the first <MASK> in `text`; there must be one.
+
+    The guesses are a softmax over all 26 tokens: nothing tells the model that on this side only digits make sense. That
+    it gives special tokens and the other side's words next to no probability, it has learned.
+    """
     model.eval()
     tokens = torch.tensor([VOCABULARY.encode(text)], device=next(model.parameters()).device)  # (1, S)
     position = tokens[0].tolist().index(MASK)
@@ -593,7 +602,11 @@ def alignment(model, loader):
 
 @torch.inference_mode()
 def show_attention(model, loader, digits):
-    """Print which digit each blank word of `digits` looks at, in the head where words follow their digits most."""
+    """Print which digit each blank word of `digits` looks at, in the head where words follow their digits most.
+
+    That head was picked because it shows the pattern; the table of all heads is printed first, so that you see what was
+    picked from. Attention weights say where a layer has looked, not what it has understood (Jain and Wallace 2019).
+    """
     shares = alignment(model, loader)                                                    # (layers, H)
     layer, head = divmod(shares.argmax().item(), shares.size(1))
     print("  share of unseen words whose blank looks most at its own digit, for each layer and head:")

@@ -130,6 +130,8 @@ class Vocabulary:
         return decoded
 
 
+# One instance for all: were each script to make its own, a changed token list would not be noticed until a checkpoint that
+# was trained with one met a batch that was made with the other.
 VOCABULARY = Vocabulary()
 
 
@@ -137,7 +139,10 @@ VOCABULARY = Vocabulary()
 # The sequences: distinct, balanced, reproducible
 # -------------------------------------------------------------------------------------
 def count_distinct(max_digits):
-    """How many sequences of 1 to `max_digits` digits exist: 10 + 100 + ... (leading zeros count: 07 is not 7)."""
+    """How many sequences of 1 to `max_digits` digits exist: 10 + 100 + ... (leading zeros count: 07 is not 7).
+
+    111110 for 5 digits, of which training shows 5401: one in twenty. Memorising the rest is not an option.
+    """
     return sum(10 ** n for n in range(1, max_digits + 1))
 
 
@@ -177,9 +182,12 @@ class NumberTranslationDataset(Dataset):
 
     A dataset is indexed anew in every epoch; work done in `__getitem__` is paid again each time.
 
-    An item is a dict:  digits ['4', '0', '7']   source [10, 6, 13]
+    An item is a dict:  digits ['4', '0', '7']             source [10, 6, 13]
                         words  ['four', 'zero', 'seven']   target [20, 16, 23]
-    No <SOS>, <EOS> or <PAD> in it: those belong to the batch, and `collate_fn` adds them.
+
+    No <SOS>, <EOS> or <PAD> in it. Those depend on who reads the row and on its neighbours in the batch, so `collate_fn`
+    adds them. Padding everything to the longest row of the *dataset* here would be simpler, and the usual first version;
+    every batch would then compute as much padding as the worst one needs.
     """
 
     def __init__(self, num_samples=NUM_SAMPLES, max_digits=MAX_DIGITS, seed=SEED):
@@ -218,7 +226,13 @@ class NumberTranslationDataset(Dataset):
 # The batch: where most of the mistakes are made
 # -------------------------------------------------------------------------------------
 def pad_rows(rows, value):
-    """Lists of ids of different lengths -> one tensor (B, longest), filled up on the right with `value`."""
+    """Lists of ids of different lengths -> one tensor (B, longest), filled up on the right with `value`.
+
+        pad_rows([[10, 6, 13], [9]], PAD)   ->   [[10,  6, 13],
+                                                  [ 9,  0,  0]]
+
+    A tensor is a rectangle and a batch of sentences is not; padding is what that costs.
+    """
     longest = max(len(row) for row in rows)
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])          # (B, longest)
 
@@ -296,13 +310,19 @@ def collate_fn(items):
 
 
 def to_device(batch, device):
-    """The same batch with its tensors on `device`; the lists of strings stay as they are."""
+    """The same batch with its tensors on `device`; the lists of strings stay as they are.
+
+    A model and its input must be on one device. On a CPU this copies nothing.
+    """
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
 def create_dataloaders(num_samples=NUM_SAMPLES, max_digits=MAX_DIGITS, batch_size=BATCH_SIZE, seed=SEED,
                        validation_share=VALIDATION_SHARE):
     """(training loader, validation loader) over disjoint sequences; batches as `collate_fn` describes them.
+
+    A loader is gone through once an epoch: `for batch in train_loader`. The training loader shuffles anew each time, so
+    that no two epochs show the same rows together; the last batch holds what is left over and is smaller.
 
     Raises InputError if the sequences do not exist, none is left to validate on, or a batch is larger than the data.
     """
@@ -413,7 +433,10 @@ def check_tokens(tokens, vocab_size, max_len):
 
 
 def check_loss(loss, step):
-    """Stop a training whose loss (a float) is no longer a number; nothing after that step could be saved."""
+    """Raises InputError if `loss` (a float) is no longer a number.
+
+    One NaN makes every weight NaN in a single step, and no later step can mend it: better to stop than to train on.
+    """
     if not math.isfinite(loss):
         raise InputError(f"the loss became {loss} at step {step}: try a tenth of LEARNING_RATE, or look for a division "
                          "by zero or a log of zero in what you changed")
@@ -484,7 +507,10 @@ def print_examples(examples, count=5):
 
 
 def report_saved(model, path):
-    """Save `model`, and say so; or say why not, and go on: a full disk must not cost a finished training."""
+    """Save `model`, and say so; or say why not, and go on: a full disk must not cost a finished training.
+
+    model: one with `save(path)`; path: where to. Prints one line either way.
+    """
     shown = f"{path.parent.name}/{path.name}"
     try:
         model.save(path)
@@ -495,7 +521,10 @@ def report_saved(model, path):
 
 
 def run_script(main):
-    """Run a script's main(): one line and exit code 2 for what the user can put right, 130 for Ctrl-C."""
+    """Run a script's main(): one line and exit code 2 for what the user can put right, 130 for Ctrl-C.
+
+    A traceback is for mistakes in this code. Whoever sets NUM_HEADS = 3 should read one sentence about NUM_HEADS.
+    """
     try:
         main()
     except InputError as error:
@@ -512,6 +541,14 @@ def run_script(main):
 # Look at it
 # -------------------------------------------------------------------------------------
 def main():
+    """Print vocabulary, data, and one ragged batch. What to look for:
+
+    - In the first table, the row where the input is the last word and the label is <EOS>. That one line is what teaches
+      a model to stop; below it there is only padding, and it does not count.
+    - In the second, that the prompt is read but not scored: a causal model learns nothing *from* these positions and
+      everything *through* them, since the answer's positions attend to them.
+    - In the masks, that the third grid is the other two laid on top of each other: a position must be allowed by both.
+    """
     check_constants(globals())
     train_loader, val_loader = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED, VALIDATION_SHARE)
     training = [train_loader.dataset[i] for i in range(len(train_loader.dataset))]
@@ -565,7 +602,11 @@ def main():
 
 
 def print_label_table(inputs, labels):
-    """Two 1-D tensors of one length, input ids and label ids, as a table with one line a position."""
+    """Two 1-D tensors of one length, input ids and label ids, as a table with one line a position.
+
+    Print this for the first batch of every new project. Labels that are shifted twice, an <EOS> in the wrong place, a
+    prompt that is scored: each is plain to see here, and invisible in a loss curve.
+    """
     print("  position  input    label    counts in the loss?")
     for position, (i, label) in enumerate(zip(inputs.tolist(), labels.tolist())):
         counts = label != IGNORE_INDEX

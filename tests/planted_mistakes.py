@@ -59,8 +59,8 @@ MISTAKES = [
     ("rows not cut at their <EOS>", "row[:row.index(stop_at) + 1] if stop_at in row else row", "row"),
     ("writing stops when the first row has", "if finished.all():", "if finished.any():"),
     ("top-p drops the token that crosses p", "before < top_p", "before + probabilities <= top_p"),
-    ("top-k keeps all that are level", "logits = logits.masked_fill(~keep, -math.inf)                                    "
-     "# (B, V)\n    if top_p", "logits = logits.masked_fill(logits < logits.gather(-1, best[:, -1:]), -math.inf)\n    if top_p"),
+    ("top-k keeps all that are level", "torch.zeros_like(logits, dtype=torch.bool).scatter(-1, best, True)",
+     "logits >= logits.gather(-1, best[:, -1:])"),
     ("penalty rewards negative logits", "torch.where(scores > 0, scores / repetition_penalty, scores * repetition_penalty)",
      "scores / repetition_penalty"),
     ("beams: cache not reordered", "cache.keys[:, :, :length] = cache.keys[rows, :, :length]", "pass"),

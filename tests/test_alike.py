@@ -74,7 +74,7 @@ def test_two_fifths_of_the_lines_explain_and_no_file_is_too_long(script):
             explaining |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     written = {i for i, line in enumerate(lines, 1) if line.strip()}
     assert len(explaining & written) / len(written) >= 0.4
-    assert len(lines) <= 900
+    assert len(lines) <= 920  # "about 900"
 
 
 @pytest.mark.parametrize("script", sorted(p.stem for p in ROOT.glob("*.py")))
