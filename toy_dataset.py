@@ -354,6 +354,7 @@ WHOLE_NUMBERS = {  # name: (smallest value, a value that works)
     "D_MODEL": (2, 64), "NUM_HEADS": (1, 4), "NUM_LAYERS": (1, 2), "D_FF": (1, 256), "BATCH_SIZE": (1, 64),
     "NUM_EPOCHS": (1, 4), "NUM_SAMPLES": (1, 6000), "MAX_DIGITS": (1, 5), "SEED": (0, 0), "NUM_THREADS": (1, 1),
     "WARMUP_STEPS": (0, 40), "FINETUNE_EPOCHS": (1, 4), "BEAM_WIDTH": (1, 3), "NUM_EXAMPLES": (1, 4),
+    "ACCUMULATION_STEPS": (1, 2), "RESUME_EVERY": (1, 50), "PROFILE_STEPS": (0, 5),
 }
 RANGES = {
     "more than 0": lambda x: x > 0, "0 or more": lambda x: x >= 0, "0 to 1": lambda x: 0 <= x <= 1,
@@ -363,7 +364,8 @@ NUMBERS = {  # name: (a range from RANGES, a value that works)
     "LEARNING_RATE": ("more than 0", 0.003), "FINETUNE_LEARNING_RATE": ("more than 0", 0.001),
     "CLIP_NORM": ("more than 0", 1.0), "LENGTH_PENALTY": ("0 or more", 1.0), "MASK_SHARE": ("0 to 1", 0.8),
     "RANDOM_SHARE": ("0 to 1", 0.1), "MIN_MASKING_RATE": ("0 to 1", 0.15), "DROPOUT": ("0 or more, and less than 1", 0.1),
-    "VALIDATION_SHARE": ("more than 0, and less than 1", 0.1),
+    "VALIDATION_SHARE": ("more than 0, and less than 1", 0.1), "MIN_LEARNING_RATE": ("0 or more", 5e-5),
+    "WEIGHT_DECAY": ("0 or more", 0.01), "LABEL_SMOOTHING": ("0 or more, and less than 1", 0.1),
 }
 
 
@@ -442,29 +444,40 @@ def check_loss(loss, step):
                          "by zero or a log of zero in what you changed")
 
 
-def save_checkpoint(path, model):
-    """Write {architecture: class name, arguments: dict of numbers, weights: dict of tensors} so that a crash cannot
-    tear the file. `model.arguments` are what its constructor was called with.
+def write_atomically(path, content):
+    """Write `content` (bytes) to `path` all or nothing, making folders as needed.
 
     Raises OSError (disk full, directory read-only, ...) with the file that stood there before still whole.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # torch.save reports a full disk as a RuntimeError from deep inside; bytes in memory and a plain write give an
-    # honest OSError instead.
-    buffer = io.BytesIO()
-    torch.save({"architecture": type(model).__name__, "arguments": model.arguments, "weights": model.state_dict()}, buffer)
-    # Rename is all or nothing on every file system that matters; overwriting in place is not. The process id keeps
-    # two runs from writing into one temporary file.
+    # Rename is all or nothing on every file system that matters; overwriting in place is not: killed half-way, it leaves
+    # half a file where a whole one was. The process id keeps two runs from writing into one temporary file.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(buffer.getvalue())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # already gone when all went well
+
+
+def tensors_to_bytes(value):
+    """What torch.save would write for `value`. Torch reports a full disk as a RuntimeError from deep inside; bytes in
+    memory and a plain write give an honest OSError instead."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def save_checkpoint(path, model):
+    """Write {architecture: class name, arguments: dict of numbers, weights: dict of tensors} so that a crash cannot
+    tear the file. `model.arguments` are what its constructor was called with. Raises OSError.
+    """
+    write_atomically(path, tensors_to_bytes({"architecture": type(model).__name__, "arguments": model.arguments,
+                                             "weights": model.state_dict()}))
 
 
 def load_checkpoint(path, model_class, device="cpu"):

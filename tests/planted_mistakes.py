@@ -82,7 +82,7 @@ MISTAKES = [
     ("embeddings start with std 1", "nn.init.normal_(self.embedding.weight, std=0.02)", "pass"),
     ("sine and cosine exchanged", "table[:, 0::2] = torch.sin", "table[:, 0::2] = torch.cos"),
     ("mean of means in evaluate", "correct / counted", "correct / len(loader)"),
-    ("gradients never zeroed", "optimizer.zero_grad()  #", "pass  #"),
+    ("gradients never zeroed", "optimizer.zero_grad()  # gradients add up", "pass  # gradients add up"),
     ("rate never warms up", "return (step + 1) / WARMUP_STEPS", "return step / WARMUP_STEPS"),
     ("validation sequences also trained on", "training += indices[held_out:]", "training += indices"),
 ]

@@ -178,6 +178,30 @@ def test_a_loss_that_is_no_number_stops_the_run_with_the_step_and_a_hint(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+def test_an_epoch_is_the_plainest_loop_there_is(name):
+    """Each step on the gradient of its own batch alone, clipped, at the schedule's rate."""
+    script, models = SCRIPTS[name], []
+    for _ in range(2):
+        torch.manual_seed(3)
+        models.append(MODELS[name](d_model=16, num_heads=2, num_layers=1, d_ff=32))
+    # SGD, because Adam divides by the gradient's size and makes a full step of what is rounding noise.
+    optimizer = torch.optim.SGD(models[0].parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: script.lr_factor(step, 30))
+    torch.manual_seed(4)
+    script.train_epoch(models[0], create_dataloaders(300, 4, 32, 0)[0], optimizer, scheduler)
+
+    torch.manual_seed(4)
+    for step, batch in enumerate(create_dataloaders(300, 4, 32, 0)[0]):
+        gradients = torch.autograd.grad(script.compute_loss(models[1], batch), list(models[1].parameters()))
+        length = math.sqrt(sum((gradient.double() ** 2).sum().item() for gradient in gradients))
+        with torch.no_grad():
+            for parameter, gradient in zip(models[1].parameters(), gradients):
+                parameter -= 0.1 * script.lr_factor(step, 30) * gradient * min(1.0, script.CLIP_NORM / length)
+    for a, b in zip(models[0].parameters(), models[1].parameters()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_training_is_reproducible(name):
     losses = []
     for _ in range(2):
