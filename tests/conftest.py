@@ -52,7 +52,7 @@ class Workplace:
             assert found == 1, f"{script}.py has no constant {name}"
         path.write_text(source, encoding="utf-8")
 
-    def run(self, script, timeout=120, **environment):
+    def run(self, script, timeout=600, **environment):
         """Run it as a user does, but with a console that prints ASCII only and no display."""
         env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
         env.update(PYTHONIOENCODING="ascii", **environment)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 from conftest import Workplace
 
 FILES = ["encoder_only.pt", "decoder_only.pt", "encoder_decoder.pt"]

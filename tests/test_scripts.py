@@ -32,11 +32,9 @@ def with_numbers_removed(line):
 
 @pytest.mark.parametrize("script", ["toy_dataset", *ARCHITECTURES, "quick_start"])
 def test_a_script_does_what_its_first_lines_promise(script, workplace):
-    start = time.monotonic()
     done = workplace.run(script)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no warning, no progress bar where there is no terminal
-    assert time.monotonic() - start < 100  # a timing is no test; this only finds a script that hangs
     lines = done.stdout.splitlines()
     promised = documented_last_lines(script)
     assert [with_numbers_removed(line) for line in lines[-len(promised):]] == list(map(with_numbers_removed, promised))

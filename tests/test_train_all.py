@@ -1,0 +1,370 @@
+"""The training pipeline: every technique does what its comment says, and a run survives being killed."""
+import csv
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kill_and_resume import kill_and_resume, same_bits, weights
+
+import train_all
+from conftest import MODELS, SCRIPTS, Workplace
+from toy_dataset import IGNORE_INDEX, NumberTranslationDataset, collate_fn
+
+SMALL = {"D_MODEL": 16, "NUM_HEADS": 2, "NUM_LAYERS": 1, "D_FF": 32, "NUM_SAMPLES": 600, "NUM_EPOCHS": 2,
+         "RESUME_EVERY": 2, "WARMUP_STEPS": 4}
+ITEMS = NumberTranslationDataset(300, 5, 0).items
+WRITERS = ["decoder_only", "encoder_decoder"]  # their loss has no blanks to draw: one number for one batch
+
+
+@pytest.fixture
+def small(workplace):
+    workplace.set("train_all", **SMALL)
+    return workplace
+
+
+# --- learning rate and optimiser ------------------------------------------------------
+@pytest.mark.parametrize("total, warmup, minimum", [(100, 10, 0.1), (550, 50, 0.05), (7, 3, 0.0), (5, 0, 0.5), (1, 0, 0.2)])
+def test_the_rate_moves_at_once_peaks_at_the_end_of_warmup_and_ends_at_the_minimum(total, warmup, minimum):
+    rates = [train_all.warmup_cosine(step, total, warmup, minimum) for step in range(total)]
+    assert rates[0] > 0 and max(rates) == 1.0 and all(0 <= rate <= 1 for rate in rates)
+    assert all(rate < 1 for rate in rates[:max(0, warmup - 1)])  # nothing at full rate before the end of warm-up
+    assert rates[:warmup] == sorted(rates[:warmup]) and rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    if total > warmup + 1:
+        assert rates[-1] == pytest.approx(minimum)
+    assert train_all.warmup_cosine(total + 5, total, warmup, minimum) == pytest.approx(minimum)
+
+
+def test_decay_is_on_matrices_only_and_the_schedule_is_the_pure_function():
+    model = MODELS["decoder_only"](d_model=16, num_heads=2)
+    optimizer, scheduler = train_all.create_optimizer(model, 300)
+    decayed, left_alone = optimizer.param_groups
+    assert decayed["weight_decay"] == train_all.WEIGHT_DECAY and left_alone["weight_decay"] == 0.0
+    assert all(p.dim() >= 2 for p in decayed["params"]) and all(p.dim() < 2 for p in left_alone["params"])
+    assert len(decayed["params"]) + len(left_alone["params"]) == len(list(model.parameters()))
+    minimum = train_all.MIN_LEARNING_RATE / train_all.LEARNING_RATE
+    for step in range(5):
+        expected = train_all.LEARNING_RATE * train_all.warmup_cosine(step, 300, train_all.WARMUP_STEPS, minimum)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_weight_decay_pulls_weights_towards_zero_and_leaves_biases(monkeypatch):
+    monkeypatch.setattr(train_all, "WEIGHT_DECAY", 0.5)
+    model = MODELS["decoder_only"](d_model=16, num_heads=2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer, _ = train_all.create_optimizer(model, 300)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    factor = 1 - optimizer.param_groups[0]["lr"] * 0.5
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (factor if p.dim() >= 2 else 1.0))
+
+
+# --- one step -------------------------------------------------------------------------
+class KeepGradients(torch.optim.SGD):
+    """An optimiser that takes no step: the gradients stay to be looked at."""
+
+    def __init__(self, model):
+        super().__init__(model.parameters(), lr=0.0)
+
+
+def step_on(name, group, dropout=0.0):
+    """Gradients of train_step on `group`, unclipped, with the loss it returns."""
+    torch.manual_seed(0)
+    model = MODELS[name](d_model=16, num_heads=2, num_layers=2, d_ff=32, dropout=dropout).train()
+    optimizer = KeepGradients(model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    loss, norm = train_all.train_step(SCRIPTS[name], model, ITEMS, group, 3, optimizer, scheduler,
+                                      torch.amp.GradScaler("cpu", enabled=False))
+    return {n: p.grad.clone() for n, p in model.named_parameters()}, loss, norm
+
+
+@pytest.fixture
+def no_clipping(monkeypatch):
+    monkeypatch.setattr(train_all, "CLIP_NORM", 1e9)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("sizes", [(8, 8), (8, 8, 8, 8), (30, 2), (5, 1, 26), (31, 1)])
+def test_micro_batches_give_the_gradient_of_one_large_batch(name, sizes, no_clipping):
+    rows = sorted(range(32), key=lambda i: len(ITEMS[i]["digits"]))  # short rows first: micro-batches as unlike as can be
+    group, start = [], 0
+    for size in sizes:
+        group.append(rows[start:start + size])
+        start += size
+    parts, loss_parts, _ = step_on(name, group)
+    whole, loss_whole, _ = step_on(name, [rows[:start]])
+    assert loss_parts == pytest.approx(loss_whole, abs=1e-6)
+    for key in whole:
+        torch.testing.assert_close(parts[key], whole[key], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_loss_of_a_step_is_the_mean_over_all_labels_of_the_group(name, no_clipping):
+    group = [[0, 1, 2], [3], [4, 5, 6, 7, 8, 9]]
+    torch.manual_seed(0)
+    model = MODELS[name](d_model=16, num_heads=2, num_layers=2, d_ff=32).train()
+    expected = SCRIPTS[name].compute_loss(model, collate_fn([ITEMS[i] for i in sum(group, [])]))
+    assert step_on(name, group)[1] == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_micro_batch_has_its_own_dice_whatever_was_drawn_before(name):
+    torch.manual_seed(123)
+    one = step_on(name, [[0, 1, 2], [3, 4]], dropout=0.2)
+    torch.rand(77)
+    other = step_on(name, [[0, 1, 2], [3, 4]], dropout=0.2)
+    assert one[1:] == other[1:] and all(torch.equal(one[0][key], other[0][key]) for key in one[0])
+
+
+def test_clipping_shortens_and_keeps_the_direction(monkeypatch):
+    monkeypatch.setattr(train_all, "CLIP_NORM", 1e9)
+    free, _, norm = step_on("decoder_only", [[0, 1, 2, 3]])
+    monkeypatch.setattr(train_all, "CLIP_NORM", norm / 10)
+    clipped, _, norm_before_clipping = step_on("decoder_only", [[0, 1, 2, 3]])
+    assert norm_before_clipping == pytest.approx(norm)  # what is logged is the norm before
+    assert math.sqrt(sum((g ** 2).sum().item() for g in clipped.values())) == pytest.approx(norm / 10, rel=1e-4)
+    for key in free:
+        torch.testing.assert_close(clipped[key] * 10, free[key], atol=1e-5, rtol=1e-3)
+
+
+def test_label_smoothing_is_the_mixture_it_says(monkeypatch, no_clipping):
+    torch.manual_seed(0)
+    model = MODELS["decoder_only"](d_model=16, num_heads=2, num_layers=2, d_ff=32).train()
+    batch = collate_fn([ITEMS[i] for i in range(6)])
+    logits, labels = SCRIPTS["decoder_only"].predict(model, batch)
+    counts = labels != IGNORE_INDEX
+    log_p = logits[counts].log_softmax(-1)
+    expected = 0.9 * F.nll_loss(log_p, labels[counts]) - 0.1 * log_p.mean()
+    monkeypatch.setattr(train_all, "LABEL_SMOOTHING", 0.1)
+    assert step_on("decoder_only", [list(range(6))])[1] == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_bfloat16_gives_the_same_step_within_its_precision(name, monkeypatch, no_clipping):
+    exact, loss, norm = step_on(name, [[0, 1, 2, 3], [4, 5, 6, 7]])
+    monkeypatch.setattr(train_all, "PRECISION", "bfloat16")
+    rough, rough_loss, rough_norm = step_on(name, [[0, 1, 2, 3], [4, 5, 6, 7]])
+    assert rough_loss == pytest.approx(loss, rel=0.02) and rough_loss != loss  # it did something, and not much
+    assert rough_norm == pytest.approx(norm, rel=0.1)
+    cosine = sum((exact[k] * rough[k]).sum().item() for k in exact) / norm / rough_norm
+    assert cosine > 0.99
+    assert all(gradient.dtype == torch.float32 for gradient in rough.values())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_gradient_checkpointing_gives_the_same_gradients_for_less_memory(name):
+    script, batch = SCRIPTS[name], collate_fn(ITEMS[:16])
+    model = MODELS[name](d_model=16, num_heads=2, num_layers=4, d_ff=64, dropout=0.1).train()
+    gradients, kept = [], []
+    for checkpointing in (False, True):
+        if checkpointing:
+            train_all.checkpoint_layers(model)
+        kept.append(train_all.activation_bytes(script, model, batch))
+        model.zero_grad()
+        torch.manual_seed(5)
+        script.compute_loss(model, batch).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert kept[1] < kept[0] / 2
+    model.eval()
+    assert len(script.translate(model, [["4", "0"]])) == 1  # and it can still be used
+
+
+# --- groups ---------------------------------------------------------------------------
+@pytest.mark.parametrize("rows, batch_size, accumulation", [(100, 8, 3), (7, 32, 2), (64, 32, 2), (65, 32, 2), (5, 1, 4)])
+def test_an_epoch_uses_every_row_once_and_no_group_is_too_large(rows, batch_size, accumulation, monkeypatch):
+    monkeypatch.setattr(train_all, "BATCH_SIZE", batch_size)
+    monkeypatch.setattr(train_all, "ACCUMULATION_STEPS", accumulation)
+    groups = train_all.epoch_groups(rows, 0)
+    assert sorted(row for group in groups for micro_batch in group for row in micro_batch) == list(range(rows))
+    assert all(1 <= len(group) <= accumulation for group in groups)
+    assert all(len(group) == accumulation for group in groups[:-1])  # only the last is short
+    assert train_all.epoch_groups(rows, 0) == groups
+    assert rows == 7 or train_all.epoch_groups(rows, 1) != groups
+
+
+# --- whole runs -----------------------------------------------------------------------
+def run(workplace, processes=1, **environment):
+    if processes == 1:
+        return workplace.run("train_all", timeout=300, **environment)
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                           "train_all.py"], cwd=workplace.folder, capture_output=True, text=True, timeout=300)
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_whole_run_reaches_what_it_promises(workplace):
+    done = run(workplace)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    for name in train_all.ARCHITECTURES:
+        row = [line for line in done.stdout.splitlines() if re.match(rf"{name} +[\d,]+ +\d", line)]
+        assert len(row) == 1 and float(row[0].split()[-1].rstrip("%")) >= 99.9
+    history = table(workplace.folder / "runs" / "history.csv")
+    assert len(history) == 3 * train_all.NUM_EPOCHS
+    assert all(0 <= float(row["exact_match"]) <= 1 and float(row["gradient_norm"]) > 0 for row in history)
+    steps = table(workplace.folder / "runs" / "steps.csv")
+    assert float(steps[0]["learning_rate"]) == pytest.approx(train_all.LEARNING_RATE / train_all.WARMUP_STEPS)
+    assert float(steps[-1]["learning_rate"]) == pytest.approx(train_all.MIN_LEARNING_RATE)
+    inference = done.stdout.split("Every strategy")[1]
+    assert len(re.findall(r"exact match +[\d.]+%.*ms per sequence", inference)) == 10
+    assert not (workplace.folder / "runs" / "unfinished.pt").exists()
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path_factory):
+    places = [Workplace(tmp_path_factory.mktemp("train")) for _ in range(2)]
+    for place in places:
+        place.set("train_all", **SMALL)
+    assert kill_and_resume(*places, kills=5, longest=2.5, seed=1)
+
+
+def test_a_run_with_other_constants_starts_afresh_and_says_which(small):
+    small.set("train_all", NUM_EPOCHS=40)
+    process = subprocess.Popen([sys.executable, "-u", "train_all.py"], cwd=small.folder, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "epoch  3" in line:
+            break
+    process.kill()
+    process.communicate()
+    assert (small.folder / "runs" / "unfinished.pt").exists()
+    small.set("train_all", NUM_EPOCHS=2, LEARNING_RATE=0.002, NUM_THREADS=2)
+    first = run(small).stdout.splitlines()[0]
+    assert "LEARNING_RATE 0.001 -> 0.002" in first and "NUM_EPOCHS 40 -> 2" in first and "starting afresh" in first
+    assert "NUM_THREADS" not in first
+    assert run(small).stdout.splitlines()[0] == "no unfinished run: starting afresh"  # the run before has finished
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 50, "cut"])
+def test_a_damaged_resume_file_is_one_line_and_the_old_model_stays_until_the_new_one_is_trained(small, content):
+    (small.folder / "runs").mkdir()
+    path = small.folder / "runs" / "unfinished.pt"
+    if content == "cut":
+        torch.save({"constants": {}, "model": torch.zeros(1000)}, path)
+        content = path.read_bytes()[:2000]
+    path.write_bytes(content)
+    checkpoint = small.folder / "checkpoints" / "decoder_only.pt"
+    MODELS["decoder_only"](d_model=16, num_heads=2).save(checkpoint)
+    good = checkpoint.read_bytes()
+    process = subprocess.Popen([sys.executable, "-u", "train_all.py"], cwd=small.folder, stdout=subprocess.PIPE, text=True)
+    assert re.fullmatch(r"runs/unfinished.pt cannot be read \(\w+\): starting afresh\n", process.stdout.readline())
+    for line in process.stdout:
+        if line.startswith("decoder-only:"):
+            assert checkpoint.read_bytes() == good
+            break
+    process.communicate()
+    assert process.returncode == 0
+
+
+def test_a_full_disk_costs_files_and_one_line_each_not_the_run(small):
+    for folder in ("runs", "checkpoints"):
+        (small.folder / folder).write_text("in the way: a file where the folder should be")
+    done = run(small)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("could not write runs/unfinished.pt") == 1  # once, not at every save
+    assert done.stdout.count("could not save checkpoints/") == 3
+    assert re.search(r"encoder-decoder +[\d,]+ +[\d.]+ +[\d.]+%", done.stdout)
+
+
+def test_two_processes_give_the_loss_curve_of_one(tmp_path_factory):
+    curves, places = [], []
+    for processes in (1, 2):
+        place = Workplace(tmp_path_factory.mktemp(f"processes{processes}"))
+        # 540 rows in micro-batches of 36 are 15: the last group is short, and one process has nothing to do in it.
+        place.set("train_all", **SMALL)
+        place.set("train_all", BATCH_SIZE=36, DROPOUT=0.1, VALIDATION_SHARE=0.1)
+        done = run(place, processes)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Exact match of the last runs") == 1  # only the first process speaks and writes
+        curves.append([float(row["loss"]) for row in table(place.folder / "runs" / "steps.csv")])
+        places.append(place)
+    assert len(curves[0]) == len(curves[1]) == 3 * 2 * 8
+    assert max(abs(a - b) for a, b in zip(*curves)) < 1e-4
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path_factory):
+    whole, moved = Workplace(tmp_path_factory.mktemp("whole")), Workplace(tmp_path_factory.mktemp("moved"))
+    for place in (whole, moved):
+        place.set("train_all", **SMALL)
+        place.set("train_all", NUM_EPOCHS=6)
+    assert run(whole).returncode == 0
+    process = subprocess.Popen([sys.executable, "-u", "train_all.py"], cwd=moved.folder, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("  epoch  3"):
+            break
+    process.kill()
+    process.communicate()
+    done = run(moved, processes=2)
+    assert done.returncode == 0 and "going on with the unfinished run: encoder-only" in done.stdout, done.stdout + done.stderr
+    curves = [[float(row["loss"]) for row in table(place.folder / "runs" / "steps.csv")] for place in (whole, moved)]
+    assert max(abs(a - b) for a, b in zip(*curves)) < 1e-4
+
+
+def test_a_process_that_dies_ends_the_job_with_its_error(small):
+    path = small.folder / "train_all.py"
+    source = path.read_text()
+    path.write_text(source.replace("    say(f\"\\n{name}: ", "    if process()[0] == 1:\n        raise RuntimeError('rank one has died')"
+                                   "\n    say(f\"\\n{name}: "))
+    done = run(small, processes=2)
+    assert done.returncode != 0 and "rank one has died" in done.stderr
+
+
+def test_the_log_shows_only_the_constants_that_changed(small):
+    assert run(small).returncode == 0
+    with open(small.folder / "runs" / "log.jsonl", "a") as file:
+        file.write('{"torn')  # as a kill in the middle of a write would leave it
+        file.write("\n")
+    small.set("train_all", LEARNING_RATE=0.004)
+    done = run(small)
+    assert done.returncode == 0 and "cannot be read and is passed over" in done.stdout
+    rows = done.stdout.split("Exact match of the last runs")[1].splitlines()
+    assert rows[2].endswith("LEARNING_RATE 0.004 was 0.001") and rows[3].endswith("this run")
+    runs = [line for line in (small.folder / "runs" / "log.jsonl").read_text().splitlines() if "torn" not in line]
+    assert [json.loads(line)["constants"]["LEARNING_RATE"] for line in runs] == [0.001, 0.004]
+
+
+def test_the_profiler_writes_a_trace_and_names_five_operations(small):
+    small.set("train_all", PROFILE_STEPS=2, GRADIENT_CHECKPOINTING=True, PRECISION='"bfloat16"')
+    done = run(small)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^ +\d+\.\d% .* calls$", done.stdout, flags=re.MULTILINE)) == 15
+    for name in ("encoder_only", "decoder_only", "encoder_decoder"):
+        assert json.loads((small.folder / "runs" / f"trace_{name}.json").read_text())["traceEvents"]
+    memory = re.findall(r"([\d.]+) MiB without checkpointing, ([\d.]+) MiB with it", done.stdout)
+    assert len(memory) == 3 and all(float(after) < float(before) for before, after in memory)
+
+
+@pytest.mark.parametrize("constants, words", [
+    ({"PRECISION": '"float8"'}, "PRECISION='float8'"), ({"PRECISION": '"float16"'}, "needs a CUDA device"),
+    ({"GRADIENT_CHECKPOINTING": 1}, "GRADIENT_CHECKPOINTING=1 is a switch"), ({"MIN_LEARNING_RATE": 1.0}, "MIN_LEARNING_RATE=1.0"),
+    ({"ACCUMULATION_STEPS": 0}, "ACCUMULATION_STEPS=0"), ({"RESUME_EVERY": 0}, "RESUME_EVERY=0"),
+    ({"LABEL_SMOOTHING": 1.0}, "LABEL_SMOOTHING=1.0"), ({"WEIGHT_DECAY": -1}, "WEIGHT_DECAY=-1"),
+    ({"NUM_HEADS": 3}, "NUM_HEADS=3"), ({"NUM_SAMPLES": 10 ** 7}, "NUM_SAMPLES=10000000")])
+def test_constants_that_cannot_work_are_one_line_before_any_training(workplace, constants, words):
+    workplace.set("train_all", **constants)
+    done = run(workplace)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and words in done.stderr
+
+
+def test_micro_batches_that_cannot_be_shared_are_refused(small):
+    small.set("train_all", ACCUMULATION_STEPS=3)
+    done = run(small, processes=2)
+    assert done.returncode != 0 and "ACCUMULATION_STEPS=3 micro-batches cannot be shared evenly among 2" in done.stderr
+
+
+def test_same_bits_can_tell_a_difference(tmp_path):
+    for number, folder in enumerate(("a", "b", "c")):
+        for name in MODELS:
+            torch.manual_seed(number == 2)
+            MODELS[name](d_model=16, num_heads=2).save(tmp_path / folder / "checkpoints" / f"{name}.pt")
+    one, two, three = (weights(tmp_path / folder) for folder in ("a", "b", "c"))
+    assert same_bits(one, two) and not same_bits(one, three)
