@@ -69,7 +69,7 @@ VALIDATION_SHARE = 0.125  # 1000 unseen sequences: one mistake is 0.1 %
 BATCH_SIZE = 32          # rows of a micro-batch: what has to fit into memory at once
 ACCUMULATION_STEPS = 2   # micro-batches per step, over all processes. 2 * 32 rows give the gradient of one batch of 64.
 # The optimiser
-NUM_EPOCHS = 5
+NUM_EPOCHS = 4           # 110 steps each
 LEARNING_RATE = 1e-3     # at its peak
 MIN_LEARNING_RATE = 5e-5  # at the last step, and after it
 WARMUP_STEPS = 50
