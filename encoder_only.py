@@ -185,8 +185,9 @@ class MultiHeadAttention(nn.Module):
                 weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)          # (B, H, T, S)
             context = F.dropout(weights, self.dropout, self.training) @ values           # (B, H, T, K)
         else:
-            # The same formula in one fused kernel that never stores the (T, S) weights: faster, and lighter the
-            # longer the sequence (Dao et al. 2022, FlashAttention). It divides by sqrt(K) and zeroes empty rows itself.
+            # The same formula in one fused kernel that never stores the (T, S) weights: lighter, and the faster the
+            # longer the sequence (Dao et al. 2022, FlashAttention). It divides by sqrt(K) itself, and since PyTorch 2.5
+            # gives zeros for empty rows.
             weights = None
             context = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask,
                                                      dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, K)

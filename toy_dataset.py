@@ -434,13 +434,13 @@ def check_tokens(tokens, vocab_size, max_len):
         raise InputError("a row holds nothing but <PAD>: leave it out, or give it at least one token")
 
 
-def check_loss(loss, step):
-    """Raises InputError if `loss` (a float) is no longer a number.
+def check_loss(loss, step, what="loss"):
+    """Raises InputError if `loss` (a float; `what` names it) is no longer a number.
 
     One NaN makes every weight NaN in a single step, and no later step can mend it: better to stop than to train on.
     """
     if not math.isfinite(loss):
-        raise InputError(f"the loss became {loss} at step {step}: try a tenth of LEARNING_RATE, or look for a division "
+        raise InputError(f"the {what} became {loss} at step {step}: try a tenth of LEARNING_RATE, or look for a division "
                          "by zero or a log of zero in what you changed")
 
 

@@ -13,11 +13,12 @@ constant, each showing what it did.
         now and then: save everything                 resume: killed at any moment, it continues where it was
       evaluate; keep the best                         by exact match on unseen sequences, then by loss
 
-Run it:     python train_all.py                                     (about 2 minutes on one CPU core)
+Run it:     python train_all.py                                     (about 75 seconds on one CPU core)
             torchrun --nproc_per_node=2 train_all.py                two processes on this machine
             torchrun --nnodes=2 --node_rank=0 --nproc_per_node=1 --master_addr=FIRST --master_port=29500 train_all.py
                                                                     two machines; on the second, --node_rank=1
-Stop it with Ctrl-C, or pull the plug; run it again, and it goes on.
+Stop it with Ctrl-C, or pull the plug; run it again, and it goes on from its last save, at most RESUME_EVERY steps back.
+One run at a time: two in one folder would write over each other.
 
 The last lines should be close to:
 
@@ -26,9 +27,11 @@ The last lines should be close to:
 READING ORDER   learning rate -> optimiser -> micro-batches -> one step (the heart of this file) -> checkpointing and
                 profiling -> resuming -> the loop -> inference -> the log -> main
 """
+import ast
 import contextlib
 import csv
 import functools
+import hashlib
 import io
 import json
 import math
@@ -48,6 +51,7 @@ from tqdm import tqdm
 import decoder_only
 import encoder_decoder
 import encoder_only
+import toy_dataset
 from toy_dataset import (CHECKPOINTS, IGNORE_INDEX, VOCABULARY, InputError, NumberTranslationDataset, check_constants,
                          check_loss, choose_device, collate_fn, create_dataloaders, report_saved, run_script,
                          tensors_to_bytes, to_device, write_atomically)
@@ -67,7 +71,8 @@ MAX_DIGITS = 5
 VALIDATION_SHARE = 0.125  # 1000 unseen sequences: one mistake is 0.1 %
 # Batches
 BATCH_SIZE = 32          # rows of a micro-batch: what has to fit into memory at once
-ACCUMULATION_STEPS = 2   # micro-batches per step, over all processes. 2 * 32 rows give the gradient of one batch of 64.
+ACCUMULATION_STEPS = 2   # micro-batches per step, over all processes. 2 * 32 rows give the gradient of one batch of 64;
+#                          blanks and dropout are drawn for each micro-batch, so these two change with how it is cut.
 # The optimiser
 NUM_EPOCHS = 4           # 110 steps each
 LEARNING_RATE = 1e-3     # at its peak
@@ -75,7 +80,8 @@ MIN_LEARNING_RATE = 5e-5  # at the last step, and after it
 WARMUP_STEPS = 50
 WEIGHT_DECAY = 0.01      # on matrices; norms and biases are left alone
 CLIP_NORM = 1.0          # the log of steps shows the norm before clipping
-LABEL_SMOOTHING = 0.0    # 0.1 asks for 90 % on the right token and spreads 10 % over all (Szegedy et al. 2016, section 7)
+LABEL_SMOOTHING = 0.0    # 0.1 spreads a tenth of each label over all tokens (Szegedy et al. 2016, section 7). The train
+#                          loss then no longer compares with the validation loss, which is measured without.
 # Speed and memory
 PRECISION = "float32"    # or "bfloat16" (autocast), or "float16" (autocast and gradient scaling; on CUDA only)
 GRADIENT_CHECKPOINTING = False  # True: keep a layer's input only, compute the rest again when the gradient needs it
@@ -93,8 +99,31 @@ ARCHITECTURES = {
     "encoder-decoder": (encoder_decoder, encoder_decoder.EncoderDecoderTransformer, "encoder_decoder.pt"),
 }
 RUNS = Path(__file__).resolve().parent / "runs"
-# How a run is carried out, not what comes out of it: these may change between being stopped and going on.
+# How a run is carried out: these may change between being stopped and going on. (Another device or number of threads
+# rounds otherwise, and another device draws other blanks; to the last bit the same is only what ran the same way.)
 FREE_TO_CHANGE = {"RESUME_EVERY", "PROFILE_STEPS", "DEVICE", "NUM_THREADS"}
+
+
+def parameters_by_component(model):
+    """{component: number of parameters}; each is counted once, tied ones in the embedding. Adds up to the model's total."""
+    counts, seen = {}, set()
+    for name, parameter in model.named_parameters():
+        assert id(parameter) not in seen
+        seen.add(id(parameter))
+        if name.startswith("embedding"):
+            component = "embedding (tied with output)"
+        elif name.startswith("output"):
+            component = "output bias"
+        elif "cross_attention" in name:
+            component = "cross-attention"
+        elif "attention" in name:
+            component = "self-attention"
+        elif "feed_forward" in name:
+            component = "feed-forward"
+        else:
+            component = "layer norms"
+        counts[component] = counts.get(component, 0) + parameter.numel()
+    return counts
 
 
 # -------------------------------------------------------------------------------------
@@ -104,7 +133,7 @@ def warmup_cosine(step, total_steps, warmup_steps, minimum):
     """The learning rate in step 0, 1, ... as a share of its peak: up in a line, down half a cosine to `minimum`.
 
     The first step has 1 / warmup_steps and not 0, which would waste it; step warmup_steps - 1 has the peak; the last,
-    total_steps - 1, has the minimum, and so has whatever comes after.
+    total_steps - 1, has the minimum, and so has whatever comes after. (`check` sees to it that the decay has steps.)
     Sources: warm-up, Vaswani et al. 2017, section 5.3 (with another decay); cosine, Loshchilov and Hutter 2017.
     """
     if step < warmup_steps:
@@ -117,8 +146,9 @@ def warmup_cosine(step, total_steps, warmup_steps, minimum):
 # 2. Optimiser
 # -------------------------------------------------------------------------------------
 def create_optimizer(model, total_steps):
-    """(AdamW, LambdaLR). Weight decay pulls weights towards 0 and so keeps functions simple; that makes sense for the
-    matrices, which multiply. A norm's gain belongs near 1 and a bias wherever it is needed: both are left alone.
+    """(AdamW, LambdaLR). Weight decay pulls weights towards 0, which makes sense for the matrices: what no example needs
+    fades. A norm's gain belongs near 1 and a bias wherever it is needed: both are left alone. fused: one kernel for all
+    parameters.
 
     AdamW and not Adam: decay is applied to the weights, and not mixed into the gradient, where Adam's division by the
     gradient's size would undo it (Loshchilov and Hutter 2019).
@@ -142,7 +172,7 @@ def epoch_groups(num_rows, epoch):
     epoch and group, and no state of any generator has to be saved. The last group may be short, and its last
     micro-batch too; both are used.
     """
-    generator = torch.Generator().manual_seed(SEED * 100_003 + epoch)
+    generator = torch.Generator().manual_seed((SEED * 100_003 + epoch) % 2 ** 63)
     order = torch.randperm(num_rows, generator=generator).tolist()
     micro_batches = [order[i:i + BATCH_SIZE] for i in range(0, num_rows, BATCH_SIZE)]
     return [micro_batches[i:i + ACCUMULATION_STEPS] for i in range(0, len(micro_batches), ACCUMULATION_STEPS)]
@@ -150,14 +180,16 @@ def epoch_groups(num_rows, epoch):
 
 def seed_micro_batch(step, number):
     """Dropout and blanks of micro-batch `number` of a step: from SEED and its place alone, whichever process draws."""
-    torch.manual_seed((SEED * 1_000_003 + step) * 1_009 + number)
+    torch.manual_seed(((SEED * 1_000_003 + step) * 1_009 + number) % 2 ** 63)
 
 
 # -------------------------------------------------------------------------------------
 # 4. One step: the heart of this file
 # -------------------------------------------------------------------------------------
 def train_step(script, model, items, group, step, optimizer, scheduler, scaler):
-    """One optimiser step on `group`, a list of micro-batches of row numbers of `items`. Returns (loss, gradient norm).
+    """One optimiser step on `group`, a list of micro-batches of row numbers of `items`.
+
+    Returns (mean loss over the group's labels, norm of the gradient before clipping, number of labels).
 
     ACCUMULATION. Gradients add up until they are zeroed, so several small batches can stand in for a large one that
     would not fit. What must come out is the gradient of the mean over *all labels of the group*. The classic mistake
@@ -172,23 +204,27 @@ def train_step(script, model, items, group, step, optimizer, scheduler, scaler):
     autocast = torch.autocast(device.type, dtype=getattr(torch, PRECISION), enabled=PRECISION != "float32")
     mine = list(range(rank, len(group), world))
     # In a short last group a process may have nothing to do. It must take part all the same, or the others wait for its
-    # gradients for ever: it runs some micro-batch and counts it 0 times.
+    # gradients for ever: it runs micro-batch 0 and counts it 0 times.
     idle = not mine
+    if idle:
+        mine = [0]
     loss_sum, num_labels = 0.0, 0
     optimizer.zero_grad(set_to_none=True)
-    for number in mine or [0]:
+    for number in mine:
         seed_micro_batch(step, number)
         batch = to_device(collate_fn([items[row] for row in group[number]]), device)
         # Gradients need to travel once a step, not once a micro-batch.
-        last = number == (mine or [0])[-1]
+        last = number == mine[-1]
         with contextlib.nullcontext() if last or world == 1 else model.no_sync():
             with autocast:
                 logits, labels = script.predict(model, batch)                            # (B, T, V), (B, T)
-            # The loss in float32 whatever the precision: a softmax over logits in 8 bits of mantissa is too coarse.
+            # The loss in float32 whatever the precision: the sum inside a softmax, and the sum over labels, would lose in
+            # 8 bits of mantissa what the logits still hold.
             loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX,
                                    label_smoothing=LABEL_SMOOTHING, reduction="sum")
             # float16 has no numbers below 6e-8: small gradients would vanish. The scaler multiplies the loss by a large
-            # factor, divides the gradients by it again, and halves the factor when something overflows.
+            # factor and divides the gradients by it again; it halves the factor when something overflows, and doubles it
+            # after a long time in which nothing has.
             scaler.scale(loss * 0 if idle else loss).backward()
         if not idle:
             loss_sum += loss.item()
@@ -202,14 +238,21 @@ def train_step(script, model, items, group, step, optimizer, scheduler, scaler):
 
     scaler.unscale_(optimizer)
     for parameter in model.parameters():
-        # DistributedDataParallel gives the *mean* over processes, hence `world`: what is wanted is sum / labels.
-        parameter.grad.mul_(world / num_labels)
+        if parameter.grad is not None:
+            # Wanted is the sum of the processes' gradients over the number of labels. DistributedDataParallel has formed
+            # their mean, sum / world; times world / labels makes it that.
+            parameter.grad.mul_(world / num_labels)
     # One odd group can have a gradient a hundred times as long as the others. Shorten it, keep its direction.
     norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM).item()
-    scaler.step(optimizer)  # leaves a step out whose gradients overflowed
+    if not scaler.is_enabled():
+        # A finite loss can have an infinite gradient. One step on it, and every weight is NaN, on disk too.
+        check_loss(norm, step, what="gradient norm")
+    factor = scaler.get_scale()
+    scaler.step(optimizer)  # leaves a step out whose gradients overflowed ...
     scaler.update()
-    scheduler.step()
-    return loss_sum / num_labels, norm
+    if scaler.get_scale() >= factor:  # ... and then the schedule waits as well
+        scheduler.step()
+    return loss_sum / num_labels, norm, num_labels
 
 
 def process():
@@ -243,7 +286,7 @@ def forward_again(forward, *arguments):
 
 
 def activation_bytes(script, model, batch):
-    """How many bytes one forward pass of `batch` keeps for the backward pass, the weights themselves not counted."""
+    """How many bytes one forward pass of `batch` in float32 keeps for the backward pass, the weights not counted."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -264,18 +307,19 @@ def activation_bytes(script, model, batch):
 def profiled(name):
     """Profile what runs inside: a trace in runs/ (open it at https://ui.perfetto.dev), and the five dearest operations."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if DEVICE == "cuda":
+    on_gpu = DEVICE.startswith("cuda")
+    if on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
         yield
     RUNS.mkdir(exist_ok=True)
     trace = RUNS / f"trace_{name.replace('-', '_')}.json"
     profile.export_chrome_trace(str(trace))
-    on_gpu = DEVICE == "cuda"
     cost = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     operations = sorted(profile.key_averages(), key=lambda operation: getattr(operation, cost), reverse=True)
     total = sum(getattr(operation, cost) for operation in operations)
-    say(f"  the five dearest operations of {PROFILE_STEPS} steps ({'GPU' if on_gpu else 'CPU'} time); trace in runs/{trace.name}")
+    where = "GPU" if on_gpu else "CPU"
+    say(f"  the five dearest operations of the first steps ({where} time); trace in runs/{trace.name}")
     for operation in operations[:5]:
         say(f"    {getattr(operation, cost) / total:6.1%}   {operation.key[:50]:50s}   {operation.count:6d} calls")
 
@@ -285,8 +329,13 @@ def profiled(name):
 # -------------------------------------------------------------------------------------
 def constants_of_this_run():
     """The constants that decide what comes out, as a dict."""
-    return {name: value for name, value in globals().items() if name.isupper() and name not in FREE_TO_CHANGE
-            and isinstance(value, (bool, int, float, str))}
+    constants = {name: value for name, value in globals().items() if name.isupper() and name not in FREE_TO_CHANGE
+                 and isinstance(value, (bool, int, float, str))}
+    # The models, the blanks and the data are made elsewhere, with constants of their own. Who edits those files between
+    # two runs gets another CODE; comments do not count, since they are not in the syntax tree.
+    trees = [ast.dump(ast.parse(Path(module.__file__).read_text(encoding="utf-8")))
+             for module in (toy_dataset, encoder_only, decoder_only, encoder_decoder)]
+    return {**constants, "CODE": hashlib.sha256("".join(trees).encode()).hexdigest()[:8]}
 
 
 def differences(before, now):
@@ -298,23 +347,39 @@ def differences(before, now):
 def load_unfinished(device):
     """The state of a run that was stopped, or None; says which, and why.
 
-    Never continued silently: a run of other constants, and a file that is damaged or not ours. Both start afresh.
+    Never continued silently: a run of other constants or code, and a file that is damaged or not ours. These start afresh.
     """
     path = RUNS / "unfinished.pt"
-    if not path.exists():
+    # The first process reads and tells the others: on two machines each has a runs/ of its own, and only one is kept.
+    content = [path.read_bytes() if process()[0] == 0 and path.exists() else None]
+    if process()[1] > 1:
+        dist.broadcast_object_list(content, src=0, device=device if device.type == "cuda" else None)
+    if content[0] is None:
         say("no unfinished run: starting afresh")
         return None
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        before, place = state["constants"], (state["done"], state["architecture"], state["epoch"], state["group"])
+        state = torch.load(io.BytesIO(content[0]), map_location=device, weights_only=True)
+        before, done, progress = state["constants"], state["done"], state["progress"]
+        place = f"{progress['architecture']}, epoch {progress['epoch'] + 1}, step {progress['group']} of the epoch" \
+            if progress else f"{len(done)} of {len(ARCHITECTURES)} architectures are trained"
     except Exception as error:  # a damaged file can break the reader anywhere
         say(f"runs/unfinished.pt cannot be read ({type(error).__name__}): starting afresh")
         return None
     if before != constants_of_this_run():
-        say(f"the unfinished run had other constants ({differences(before, constants_of_this_run())}): starting afresh")
+        if process()[0] == 0:
+            with contextlib.suppress(OSError):
+                path.replace(RUNS / "unfinished.old.pt")
+        say(f"the unfinished run had other constants ({differences(before, constants_of_this_run())}): starting afresh; "
+            "it is kept as runs/unfinished.old.pt")
         return None
-    say(f"going on with the unfinished run: {place[1]}, epoch {place[2] + 1}, step {place[3]} of the epoch")
+    say(f"going on with the unfinished run: {place}")
     return state
+
+
+def save_unfinished(done, progress):
+    """Save everything that the next step depends on. progress: None between two architectures."""
+    try_to_write(RUNS / "unfinished.pt", tensors_to_bytes({
+        "constants": constants_of_this_run(), "done": done, "progress": progress}))
 
 
 @functools.cache
@@ -335,8 +400,8 @@ def try_to_write(path, content):
 # -------------------------------------------------------------------------------------
 # 7. The loop
 # -------------------------------------------------------------------------------------
-def train(name, device, done, state=None):
-    """Train one architecture from the start, or from `state`. Saves its best model; returns its record, plain values.
+def train(name, device, done, progress=None):
+    """Train one architecture from the start, or from `progress`. Saves its best model; returns its record, plain values.
 
     done: the records of the architectures that are finished, which a saved state takes along.
     """
@@ -360,39 +425,41 @@ def train(name, device, done, state=None):
         say(f"  activations kept for the backward pass: {before / 2 ** 20:.2f} MiB without checkpointing, "
             f"{after / 2 ** 20:.2f} MiB with it")
     optimizer, scheduler = create_optimizer(plain_model, NUM_EPOCHS * steps_per_epoch)
-    scaler = torch.amp.GradScaler(device.type, enabled=PRECISION == "float16")
+    # A sum over some 300 labels is scaled here, and not a mean: hence a smaller factor to start with than the usual 65536.
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 8, enabled=PRECISION == "float16")
     # What is added up from epoch to epoch, all of it plain numbers and tensors so that it can be saved and loaded safely.
     record = {"history": [], "steps": [], "best": None, "best_weights": None, "seconds": 0.0}
     first_epoch, first_group = 0, 0
-    if state is not None:
-        plain_model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        scaler.load_state_dict(state["scaler"])
-        record, first_epoch, first_group = state["record"], state["epoch"], state["group"]
+    if progress is not None:
+        plain_model.load_state_dict(progress["model"])
+        optimizer.load_state_dict(progress["optimizer"])
+        scheduler.load_state_dict(progress["scheduler"])
+        scaler.load_state_dict(progress["scaler"])
+        record, first_epoch, first_group = progress["record"], progress["epoch"], progress["group"]
     model = plain_model
     if process()[1] > 1:
         model = DistributedDataParallel(plain_model, device_ids=[device.index] if device.type == "cuda" else None)
 
     def save(epoch, group):
-        try_to_write(RUNS / "unfinished.pt", tensors_to_bytes({
-            "constants": constants_of_this_run(), "done": done, "architecture": name, "epoch": epoch, "group": group,
+        save_unfinished(done, {
+            "architecture": name, "epoch": epoch, "group": group, "record": record,
             "model": plain_model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
-            "scaler": scaler.state_dict(), "record": record}))
+            "scaler": scaler.state_dict()})
 
     for epoch in range(first_epoch, NUM_EPOCHS):
         model.train()
         groups = epoch_groups(len(items), epoch)
         start = time.perf_counter()
         with contextlib.ExitStack() as profile:
-            bar = tqdm(range(first_group, len(groups)), ascii=True, leave=False, disable=None if process()[0] == 0 else True)
+            quiet = None if process()[0] == 0 else True  # None: no bar where there is no terminal
+            bar = tqdm(range(first_group, len(groups)), ascii=True, leave=False, disable=quiet)
             for number in bar:
                 step = epoch * steps_per_epoch + number
-                if PROFILE_STEPS and epoch == first_epoch and number == first_group:
+                if PROFILE_STEPS and process()[0] == 0 and epoch == first_epoch and number == first_group:
                     profile.enter_context(profiled(name))
                 rate = scheduler.get_last_lr()[0]
-                loss, norm = train_step(script, model, items, groups[number], step, optimizer, scheduler, scaler)
-                record["steps"].append([step, rate, loss, norm])
+                loss, norm, labels = train_step(script, model, items, groups[number], step, optimizer, scheduler, scaler)
+                record["steps"].append([step, rate, loss, norm, labels])
                 bar.set_postfix(loss=f"{loss:.3f}", norm=f"{norm:.2f}")
                 if PROFILE_STEPS and epoch == first_epoch and number == first_group + PROFILE_STEPS - 1:
                     profile.close()
@@ -401,13 +468,14 @@ def train(name, device, done, state=None):
                     start = time.perf_counter()
                     save(epoch, number + 1)
         first_group = 0
-        if process()[0] == 0:  # the others wait at the next step's gradients
+        if process()[0] == 0:  # the others wait at the next step's gradients, for 30 minutes at most
             result = script.evaluate(plain_model, val_loader)
             of_epoch = record["steps"][-len(groups):]
             record["seconds"] += time.perf_counter() - start
+            norms = [s[3] for s in of_epoch if math.isfinite(s[3])]  # a step that float16 left out has none
             row = {"architecture": name, "epoch": epoch + 1, "step": (epoch + 1) * steps_per_epoch,
-                   "learning_rate": rate, "train_loss": sum(s[2] for s in of_epoch) / len(of_epoch),
-                   "gradient_norm": sum(s[3] for s in of_epoch) / len(of_epoch), "validation_loss": result["loss"],
+                   "learning_rate": rate, "train_loss": sum(s[2] * s[4] for s in of_epoch) / sum(s[4] for s in of_epoch),
+                   "gradient_norm": sum(norms) / max(1, len(norms)), "validation_loss": result["loss"],
                    "accuracy": result["accuracy"], "exact_match": result["exact_match"], "seconds": record["seconds"]}
             record["history"].append(row)
             score = [result["exact_match"], -result["loss"]]  # lists compare from left to right
@@ -425,7 +493,9 @@ def train(name, device, done, state=None):
         # Only now: until its training has ended, the file holds the last run's model and not a half-trained one.
         plain_model.load_state_dict(record["best_weights"])
         report_saved(plain_model, CHECKPOINTS / file)
-    return {**record, "best_weights": None, "parameters": sum(p.numel() for p in plain_model.parameters())}
+    finished = {**record, "best_weights": None, "parameters": sum(p.numel() for p in plain_model.parameters())}
+    save_unfinished({**done, name: finished}, None)
+    return finished
 
 
 def write_history(done, record):
@@ -435,7 +505,7 @@ def write_history(done, record):
     writer = csv.DictWriter(epochs, record["history"][0].keys())
     writer.writeheader()
     step_writer = csv.writer(steps)
-    step_writer.writerow(["architecture", "step", "learning_rate", "loss", "gradient_norm"])
+    step_writer.writerow(["architecture", "step", "learning_rate", "loss", "gradient_norm", "labels"])
     for one in records:
         writer.writerows(one["history"])
         step_writer.writerows([one["history"][0]["architecture"], *step] for step in one["steps"])
@@ -456,7 +526,11 @@ STRATEGIES = {
 
 
 def show_inference(device, num_examples=200):
-    """Print exact match and time per sequence of every strategy on the same unseen sequences, one batch each."""
+    """Print exact match and time per sequence of every strategy on the same sequences, one batch each.
+
+    No model was trained on them, but they chose the best epoch: an honest comparison of strategies, and a slightly
+    flattering one of models. Where that matters, keep a third set for the very end.
+    """
     _, val_loader = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED, VALIDATION_SHARE)
     items = [val_loader.dataset[i] for i in range(min(num_examples, len(val_loader.dataset)))]
     digits, words = [item["digits"] for item in items], [item["words"] for item in items]
@@ -502,7 +576,8 @@ def append_to_log(scores, seconds):
     print("\nExact match of the last runs, and what was different from this one")
     print("  " + "  ".join(f"{name:>15s}" for name in ARCHITECTURES) + "   seconds   constants")
     for constants, exact, took in runs[-4:] + [(now, scores, seconds)]:
-        what = "this run" if constants is now else differences(now, constants).replace(" -> ", " was ") or "the same"
+        changed = differences(now, constants).replace(" -> ", " was ") or "the same constants"
+        what = "this run" if constants is now else changed
         print("  " + "  ".join(f"{exact.get(name, float('nan')):15.1%}" for name in ARCHITECTURES)
               + f"   {took:7.1f}   {what}")
 
@@ -515,18 +590,22 @@ def check():
     check_constants(globals())
     if PRECISION not in ("float32", "bfloat16", "float16"):
         raise InputError(f"PRECISION={PRECISION!r} is not known: use 'float32', 'bfloat16' or 'float16'")
-    if PRECISION == "float16" and DEVICE != "cuda":
+    if PRECISION == "float16" and not DEVICE.startswith("cuda"):
         raise InputError(f"PRECISION='float16' needs a CUDA device, DEVICE is {DEVICE!r}: use 'bfloat16' or 'float32'")
     if not isinstance(GRADIENT_CHECKPOINTING, bool):
         raise InputError(f"GRADIENT_CHECKPOINTING={GRADIENT_CHECKPOINTING!r} is a switch: use True or False")
     if MIN_LEARNING_RATE > LEARNING_RATE:
         raise InputError(f"MIN_LEARNING_RATE={MIN_LEARNING_RATE} is above LEARNING_RATE={LEARNING_RATE}: use less")
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     if ACCUMULATION_STEPS % world:
         raise InputError(f"ACCUMULATION_STEPS={ACCUMULATION_STEPS} micro-batches cannot be shared evenly among {world} "
                          f"processes: use {world}, {2 * world}, ...")
     # Makes the sequences once, to find out now and not after the first model whether that works.
-    create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED, VALIDATION_SHARE)
+    train_loader, _ = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED, VALIDATION_SHARE)
+    total_steps = NUM_EPOCHS * len(epoch_groups(len(train_loader.dataset), 0))
+    if WARMUP_STEPS > total_steps - 2:
+        raise InputError(f"WARMUP_STEPS={WARMUP_STEPS} leaves no step of {total_steps} for the decay: use "
+                         f"{max(0, total_steps // 10)}, or raise NUM_EPOCHS={NUM_EPOCHS}")
 
 
 def main():
@@ -552,17 +631,18 @@ def main():
                         leftover.unlink()
         state = load_unfinished(device)
         done = dict(state["done"]) if state else {}
+        progress = state["progress"] if state else None
         for name in ARCHITECTURES:
             if name not in done:
-                mine = state if state is not None and state["architecture"] == name else None
-                done[name] = train(name, device, done, mine)
+                here = progress if progress is not None and progress["architecture"] == name else None
+                done[name] = train(name, device, done, here)
         if process()[0] == 0:
-            # Finished: nothing to go on with. What was learned is in checkpoints/.
-            with contextlib.suppress(OSError):
-                (RUNS / "unfinished.pt").unlink(missing_ok=True)
             show_inference(device)
             append_to_log({name: record["best"][0] for name, record in done.items()},
                           sum(record["seconds"] for record in done.values()))
+            # Finished, and written down: nothing to go on with. What was learned is in checkpoints/.
+            with contextlib.suppress(OSError):
+                (RUNS / "unfinished.pt").unlink(missing_ok=True)
             print(f"\n{'architecture':18s}{'parameters':>12s}{'seconds':>10s}{'exact match, best epoch':>26s}")
             for name, record in done.items():
                 print(f"{name:18s}{record['parameters']:12,d}{record['seconds']:10.1f}{record['best'][0]:26.1%}")

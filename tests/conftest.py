@@ -11,6 +11,7 @@ import torch
 import decoder_only
 import encoder_decoder
 import encoder_only
+from toy_dataset import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"encoder_only": encoder_only, "decoder_only": decoder_only, "encoder_decoder": encoder_decoder}
@@ -58,6 +59,19 @@ class Workplace:
         env.update(PYTHONIOENCODING="ascii", **environment)
         return subprocess.run([sys.executable, f"{script}.py"], cwd=self.folder, env=env, capture_output=True,
                               text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+
+
+def refused(script, monkeypatch, capsys, **constants):
+    """Run the main() of module `script` with these constants as `run_script` does. It must end with exit code 2 and one
+    line, before anything else is printed; that line is returned."""
+    for name, value in constants.items():
+        assert hasattr(script, name)
+        monkeypatch.setattr(script, name, value)
+    with pytest.raises(SystemExit) as exit_code:
+        run_script(script.main)
+    printed = capsys.readouterr()
+    assert exit_code.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
+    return printed.err
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-from conftest import Workplace
+from conftest import Workplace  # noqa: E402  (found through the line above)
 
 FILES = ["encoder_only.pt", "decoder_only.pt", "encoder_decoder.pt"]
 
@@ -33,7 +33,8 @@ def kill_and_resume(reference, victim, kills, longest, seed=0):
     assert whole.returncode == 0, whole.stderr
     rng = random.Random(seed)
     for number in range(kills):
-        process = subprocess.Popen([sys.executable, "-u", "train_all.py"], cwd=victim.folder, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen([sys.executable, "-u", "train_all.py"], cwd=victim.folder, stdout=subprocess.PIPE,
+                                   text=True)
         first = process.stdout.readline().strip()  # printed when it has found its place, or that there is none
         delay = rng.uniform(0, longest)
         time.sleep(delay)

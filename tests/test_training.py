@@ -196,7 +196,7 @@ def test_an_epoch_is_the_plainest_loop_there_is(name):
         length = math.sqrt(sum((gradient.double() ** 2).sum().item() for gradient in gradients))
         with torch.no_grad():
             for parameter, gradient in zip(models[1].parameters(), gradients):
-                parameter -= 0.1 * script.lr_factor(step, 30) * gradient * min(1.0, script.CLIP_NORM / length)
+                parameter.sub_(0.1 * script.lr_factor(step, 30) * gradient * min(1.0, script.CLIP_NORM / length))
     for a, b in zip(models[0].parameters(), models[1].parameters()):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
