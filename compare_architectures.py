@@ -13,7 +13,7 @@ from memory except section 8, which draws the conclusions and names the figures 
     7 Does it matter?             take one thing away at a time; the prediction first, then the figure
     8 Choosing                    real tasks, and which figure above decides
 
-Run it:     python compare_architectures.py        (about 60 seconds on one CPU core)
+Run it:     python compare_architectures.py        (about 50 seconds on one CPU core)
 
 The models are those in checkpoints/ where there are any (made by quick_start.py, train_all.py or the three scripts), shown
 with the sizes they were trained with; where there is none, the one that section 3 trains is used, and the script says so.

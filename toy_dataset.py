@@ -338,7 +338,8 @@ def create_dataloaders(num_samples=NUM_SAMPLES, max_digits=MAX_DIGITS, batch_siz
     # torch's global generator at the start of every pass, and evaluating would change the training that follows.
     train_loader = DataLoader(Subset(dataset, training), batch_size, shuffle=True, collate_fn=collate_fn,
                               generator=torch.Generator().manual_seed(seed))
-    # Nothing is stored for a backward pass in validation, so larger batches fit: fewer, fuller passes.
+    # Nothing is stored for a backward pass in validation, so larger batches fit: fewer, fuller passes. No figure may
+    # depend on that: a mean over validation has to weigh tokens, not batches.
     val_loader = DataLoader(Subset(dataset, validation), 4 * batch_size, collate_fn=collate_fn,
                             generator=torch.Generator().manual_seed(seed))
     return train_loader, val_loader
@@ -475,6 +476,9 @@ def tensors_to_bytes(value):
 def save_checkpoint(path, model):
     """Write {architecture: class name, arguments: dict of numbers, weights: dict of tensors} so that a crash cannot
     tear the file. `model.arguments` are what its constructor was called with. Raises OSError.
+
+    Not torch.save(model): that pickles the object with the path of its class, so a file or a class that is renamed makes
+    it unreadable, and reading it runs whatever code the file names. Numbers and tensors have neither problem.
     """
     write_atomically(path, tensors_to_bytes({"architecture": type(model).__name__, "arguments": model.arguments,
                                              "weights": model.state_dict()}))

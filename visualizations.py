@@ -1,7 +1,7 @@
 """
 visualizations.py - transformers, seen: every figure made from the collection's own code and models, in this run
 
-Run it:     python visualizations.py        (about 45 seconds on one CPU core)
+Run it:     python visualizations.py        (about 20 seconds on one CPU core)
 
 It writes PNG files to figures/, one message each, the message as the title, and never opens a window. Attention is that of
 the models in checkpoints/ where there are any, and their sizes stand in the figure; where there is none, a small one is
@@ -164,7 +164,7 @@ def positional_distance():
 # -------------------------------------------------------------------------------------
 def draw_mask(axis, mask, rows, columns):
     """A boolean mask (rows, columns) as squares: dark = may attend. Rows ask, columns are asked."""
-    axis.imshow(~mask, cmap=matplotlib.colors.ListedColormap([ALLOWED, HIDDEN]), vmin=0, vmax=1)
+    axis.imshow((~mask).numpy(), cmap=matplotlib.colors.ListedColormap([ALLOWED, HIDDEN]), vmin=0, vmax=1)
     axis.set_xticks(range(len(columns)), columns, rotation=90)
     axis.set_yticks(range(len(rows)), rows)
     axis.set_xticks([x - 0.5 for x in range(1, len(columns))], minor=True)
@@ -334,7 +334,7 @@ def parameters(models):
     components = ["self-attention", "cross-attention", "feed-forward", "embedding (tied with output)", "layer norms",
                   "output bias"]
     colours = [BLUE, ORANGE, GREEN, RED, GREY, "black"]
-    hatches = ["", "//", "", "xx", "..", ""]
+    hatches = ["", "//", "\\\\", "xx", "..", ""]
     figure, axis = plt.subplots(figsize=(8.5, 3.2))
     left = dict.fromkeys(models, 0)
     for component, colour, hatch in zip(components, colours, hatches):
@@ -371,7 +371,7 @@ def softmax_scaling():
     axis.set_xticks(widths, widths)
     axis.minorticks_off()
     axis.legend(frameon=False)
-    save(figure, "softmax_scaling", "Without 1/sqrt(K), softmax over random scores becomes a hard choice as heads grow wider")
+    save(figure, "softmax_scaling", "Without 1/sqrt(K), softmax over random scores becomes a hard choice in wide heads")
 
 
 # -------------------------------------------------------------------------------------
@@ -425,7 +425,7 @@ def beam_search_tree(young):
     axis.spines["left"].set_visible(False)
     right = "right" if best == VOCABULARY.encode(words) + [EOS] else "wrong"
     save(figure, "beam_search_tree",
-         f"Beam search, width 3, for {' '.join(digits)}: sums of log-probabilities, best answer in red ({right})")
+         f"Beam search, width 3, for {' '.join(digits)}: sums of log-probabilities, best answer in red, thick ({right})")
 
 
 # -------------------------------------------------------------------------------------
@@ -438,12 +438,13 @@ def learning_rate():
     rates = [LEARNING_RATE * warmup_cosine(step, total, WARMUP_STEPS, minimum) for step in range(total + 60)]
     figure, axis = plt.subplots(figsize=(8, 3.2))
     axis.plot(rates, color=BLUE)
-    points = [(0, f"first step: {rates[0]:.0e}, not 0", 15, 0), (WARMUP_STEPS - 1, "peak, at the end of warm-up", 30, 0),
+    points = [(0, f"first step: {rates[0]:.0e}, not 0", 15, 0),
+              (WARMUP_STEPS - 1, "peak, at the end of warm-up", 15, 0.05 * LEARNING_RATE),
               (total - 1, f"last step: {MIN_LEARNING_RATE:.0e}, and after it", -50, 0.15 * LEARNING_RATE)]
     for step, text, dx, dy in points:
         axis.plot(step, rates[step], "o", color=RED)
         axis.text(step + dx, rates[step] + dy, text, va="center", fontsize=9)
-    axis.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    axis.set(xlabel="step", ylabel="learning rate", ylim=(0, 1.12 * LEARNING_RATE))
     save(figure, "learning_rate", "train_all.py: up in a line, down half a cosine")
 
 

@@ -61,6 +61,20 @@ class Workplace:
                               text=True, timeout=timeout, stdin=subprocess.DEVNULL)
 
 
+def last_lines_as_promised(script, printed, to_the_letter=False):
+    """Does `printed` end with what the docstring at the top of the script promises, but for the numbers?"""
+    docstring = (ROOT / f"{script}.py").read_text(encoding="utf-8").split('"""')[1]
+    block = re.search(r"last lines should be[^\n]*:\n\n((?:    .*\n)+)", docstring)[1]
+    promised = [line[4:] for line in block.splitlines()]
+    last = printed.splitlines()[-len(promised):]
+    if to_the_letter:
+        return last == promised
+
+    def without_numbers(line):
+        return re.sub(r"[\d.,]+", "#", re.sub(r"\s+", " ", line.strip()))
+    return [without_numbers(line) for line in last] == [without_numbers(line) for line in promised]
+
+
 def refused(script, monkeypatch, capsys, **constants):
     """Run the main() of module `script` with these constants as `run_script` does. It must end with exit code 2 and one
     line, before anything else is printed; that line is returned."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from kill_and_resume import kill_and_resume, same_bits, weights
 
 import train_all
-from conftest import MODELS, SCRIPTS, Workplace, refused
+from conftest import MODELS, SCRIPTS, Workplace, last_lines_as_promised, refused
 from toy_dataset import IGNORE_INDEX, NumberTranslationDataset, collate_fn
 
 SMALL = {"D_MODEL": 16, "NUM_HEADS": 2, "NUM_LAYERS": 1, "D_FF": 32, "NUM_SAMPLES": 600, "NUM_EPOCHS": 2,
@@ -217,6 +217,7 @@ def test_the_whole_run_reaches_what_it_promises(workplace):
     steps = table(workplace.folder / "runs" / "steps.csv")
     assert float(steps[0]["learning_rate"]) == pytest.approx(train_all.LEARNING_RATE / train_all.WARMUP_STEPS)
     assert float(steps[-1]["learning_rate"]) == pytest.approx(train_all.MIN_LEARNING_RATE)
+    assert last_lines_as_promised("train_all", done.stdout)
     inference = done.stdout.split("Every strategy")[1]
     assert len(re.findall(r"exact match +[\d.]+%.*ms per sequence", inference)) == 10
     assert not (workplace.folder / "runs" / "unfinished.pt").exists()
