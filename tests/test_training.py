@@ -154,7 +154,7 @@ def test_one_batch_is_learned_by_heart(name):
     for group in optimizer.param_groups:
         group["lr"] = 3e-3
     first = script.compute_loss(model, batch).item()
-    for _ in range(250 if name != "encoder_only" else 500):
+    for _ in range(250 if name != "encoder_only" else 800):
         loss = script.compute_loss(model, batch)
         optimizer.zero_grad()
         loss.backward()
