@@ -469,7 +469,7 @@ ABLATIONS = [  # (name, architecture, arguments, change, prediction)
     ("without warm-up", "decoder-only", {}, "warm-up", "pre-norm is forgiving: little harm"),
     ("as it is", "encoder-decoder", {}, None, "learns the task"),
     ("no padding mask in cross-attention", "encoder-decoder", {}, without_cross_padding_mask,
-     "learns to look away from padding by itself; alone and in a batch, a row differs"),
+     "could learn to look away from padding; a row alone and in a batch differ"),
 ]
 
 
@@ -505,7 +505,7 @@ def section_8():
         ("question answering, generative", "decoder-only", "GPT-3, LLaMA", "free length, decides to stop (5)"),
         ("chat", "decoder-only", "GPT-4, LLaMA, Mistral", "prompt and answer are one stream; the cache goes on (4)"),
         ("code", "decoder-only", "Codex, Code Llama", "continues what is there; filling in needs training for it (5)"),
-        ("translation", "encoder-decoder", "T5, mBART, NLLB", "reads all before it writes (1); fewest steps here? see 3"),
+        ("translation", "encoder-decoder", "T5, mBART, NLLB", "reads the whole source before it writes (1)"),
         ("summarisation", "encoder-decoder", "BART, PEGASUS, T5", "long source read once, short answer written (4)"),
         ("search, embeddings", "encoder-only", "Sentence-BERT, E5", "one vector in one pass (4)"),
     ]
