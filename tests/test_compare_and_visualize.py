@@ -34,8 +34,7 @@ def test_measured_influence_equals_the_mask():
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_parameters_by_component_add_up_and_are_what_the_formulas_say(name):
     d, f, layers, v = 16, 32, 2, 26
-    counts = parameters_by_component(by_architecture()[name])
-    # random_model unties the output, to be opinionated; a model as it is trained counts the table once.
+    # Not random_model, which unties the output; a model as it is trained counts the table once.
     model = ARCHITECTURES[name][1](d_model=d, num_heads=2, num_layers=layers, d_ff=f)
     counts = parameters_by_component(model)
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
@@ -89,8 +88,6 @@ def test_each_ablation_takes_away_what_it_says():
             prompt = [[10, 6, 4]]  # and the changed model still writes the same with its cache as without
             assert model.generate(prompt, 5) == model.generate(prompt, 5, use_cache=False)
         scores = []
-        for module in (plain, model):
-            del module
         model = MODELS["decoder_only"](d_model=16, num_heads=2).eval()
         attention = model.layers[0].self_attention
         x = torch.randn(1, 4, 16)

@@ -33,6 +33,25 @@ def test_cached_equals_uncached_for_prompts_of_unequal_length(name, options, sto
 
 
 @pytest.mark.parametrize("name", WRITERS)
+@torch.no_grad()
+def test_token_by_token_through_the_cache_gives_the_same_vectors_as_all_at_once(name):
+    """Stricter than equal tokens: the likeliest token may stay the same though the vectors are a little wrong."""
+    model, tokens = random_model(name), torch.tensor([[10, 6, 13, 4, 20, 16], [9, 9, 4, 25, 2, 7]])
+    layers = model.layers if name == "decoder_only" else model.decoder_layers
+    caches = [SCRIPTS[name].KeyValueCache(2, layer.self_attention, 6) for layer in layers]
+    if name == "decoder_only":
+        def run(start, end, caches=None):
+            return model.hidden_states(tokens[:, start:end], positions=torch.arange(start, end), caches=caches)[0]
+    else:
+        memory_kv, mask = model.memory_keys_values(model.encode(tokens)), (tokens != PAD)[:, None, None]
+
+        def run(start, end, caches=None):
+            return model.decode(tokens[:, start:end], memory_kv, mask, caches=caches)[0]
+    pieces = [run(start, end, caches) for start, end in ((0, 2), (2, 3), (3, 6))]
+    torch.testing.assert_close(torch.cat(pieces, 1), run(0, 6), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_every_row_of_a_batch_equals_the_row_alone(name, use_cache):
     for seed in range(5):
