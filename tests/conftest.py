@@ -1,8 +1,12 @@
 """What the tests share: random models whose guesses are far from uniform, and a way to run a script as a user does."""
+import atexit
+import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -59,6 +63,33 @@ class Workplace:
         env.update(PYTHONIOENCODING="ascii", **environment)
         return subprocess.run([sys.executable, f"{script}.py"], cwd=self.folder, env=env, capture_output=True,
                               text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+
+
+@functools.cache
+def finished(script):
+    """(Workplace, CompletedProcess) of `script`, run as it is from a clean checkout, once for all tests of this process."""
+    folder = Path(tempfile.mkdtemp(prefix=f"{script}_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    place = Workplace(folder)
+    return place, place.run(script)
+
+
+def run_of(script, *more):
+    """The id of a test that looks at what `finished(script)` printed. Tests whose ids start alike go to one process."""
+    return "-".join([f"run_of_{script}", *map(str, more)])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """One script is run once for all tests that look at its output, so these have to meet in one process. (xdist_group would
+    say the same, but pytest-xdist 3.8 does not see that mark under pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class BySharedRun(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            shared = re.search(r"\[(run_of_\w+)", nodeid)
+            return shared[1] if shared else nodeid
+    return BySharedRun(config, log)
 
 
 def last_lines_as_promised(script, printed, to_the_letter=False):

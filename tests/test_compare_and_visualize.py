@@ -10,7 +10,7 @@ import torch
 import compare_architectures as compare
 import decoder_only
 import visualizations as visual
-from conftest import MODELS, ROOT, SCRIPTS, random_model, refused
+from conftest import MODELS, ROOT, SCRIPTS, Workplace, finished, random_model, refused, run_of
 from toy_dataset import DIGITS, SOS, VOCABULARY, WORDS
 from train_all import ARCHITECTURES, parameters_by_component
 
@@ -113,14 +113,18 @@ def test_without_cross_padding_mask_padding_changes_the_answer():
         assert not torch.allclose(model(source, target)[1], model(source[1:, :1], target[1:])[0])
 
 
-def test_the_whole_comparison_from_a_clean_checkout_and_with_a_broken_and_a_foreign_checkpoint(workplace):
-    workplace.set("compare_architectures", NUM_STEPS=60, EVALUATE_EVERY=20, ABLATION_STEPS=5, NUM_SAMPLES=600)
-    done = workplace.run("compare_architectures")
+@pytest.mark.parametrize("script", ["compare_architectures"], ids=run_of)
+def test_the_whole_comparison_from_a_clean_checkout(script):
+    _, done = finished(script)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert done.stdout.count("no checkpoint at") == 3
     headings = re.findall(r"^(\d)[. ]", done.stdout, flags=re.MULTILINE)
     assert headings == [str(n) for n in range(1, 9)]
     assert done.stdout.count("agree") == 4 and "DIFFER" not in done.stdout
+
+
+def test_the_comparison_with_a_broken_and_a_foreign_checkpoint_and_a_budget_below_the_unsure_steps(workplace):
+    workplace.set("compare_architectures", NUM_STEPS=50, EVALUATE_EVERY=20, ABLATION_STEPS=5, NUM_SAMPLES=600)
     (workplace.folder / "checkpoints").mkdir()
     (workplace.folder / "checkpoints" / "encoder_only.pt").write_bytes(b"broken" * 100)
     MODELS["decoder_only"](d_model=32, num_heads=4, num_layers=3).save(workplace.folder / "checkpoints" / "decoder_only.pt")
@@ -131,6 +135,7 @@ def test_the_whole_comparison_from_a_clean_checkout_and_with_a_broken_and_a_fore
     assert first[1] == "decoder-only: from checkpoints/decoder_only.pt, d_model 32, 3 layers"
     total = sum(p.numel() for p in MODELS["decoder_only"](d_model=32, num_heads=4, num_layers=3).parameters())
     assert re.search(rf"decoder-only +{total:,} parameters", done.stdout)
+    assert "after 50 steps" in done.stdout
 
 
 @pytest.mark.parametrize("script", ["compare_architectures", "visualizations"])
@@ -147,13 +152,13 @@ def test_a_sentence_that_is_not_digits_is_refused(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """A run as a user does it, from a clean checkout, and where it ran."""
-    from conftest import Workplace
     place = Workplace(tmp_path_factory.mktemp("figures"))
     place.set("visualizations", TRAIN_EPOCHS=1)
     return place, place.run("visualizations")
 
 
-def test_every_figure_is_made_and_none_is_blank(drawn):
+@pytest.mark.parametrize("_", ["figures"], ids=run_of)
+def test_every_figure_is_made_and_none_is_blank(drawn, _):
     place, done = drawn
     assert done.returncode == 0 and done.stderr == "", done.stderr
     named = re.findall(r"^  figures/(\w+\.png)   \S", done.stdout, flags=re.MULTILINE)
@@ -166,7 +171,8 @@ def test_every_figure_is_made_and_none_is_blank(drawn):
         assert (place.folder / "figures" / name).stat().st_size < 200_000
 
 
-def test_the_committed_figures_are_those_that_a_run_makes(drawn):
+@pytest.mark.parametrize("_", ["figures"], ids=run_of)
+def test_the_committed_figures_are_those_that_a_run_makes(drawn, _):
     place, _ = drawn
     made = {path.name for path in (place.folder / "figures").iterdir()}
     assert {path.name for path in (ROOT / "figures").glob("*.png")} <= made

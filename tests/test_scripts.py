@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from conftest import MODELS, last_lines_as_promised, refused
+from conftest import MODELS, finished, last_lines_as_promised, refused, run_of
 
 SMALL = {"NUM_EPOCHS": 1, "NUM_SAMPLES": 300, "D_MODEL": 16, "NUM_HEADS": 2, "NUM_LAYERS": 1, "D_FF": 32}
 ARCHITECTURES = ["encoder_only", "decoder_only", "encoder_decoder"]
@@ -20,9 +20,9 @@ def percentages(text, pattern):
     return [float(found) for found in re.findall(pattern + r".*?(\d+\.\d)%", text)]
 
 
-@pytest.mark.parametrize("script", ["toy_dataset", *ARCHITECTURES, "quick_start"])
-def test_a_script_does_what_its_first_lines_promise(script, workplace):
-    done = workplace.run(script)
+@pytest.mark.parametrize("script", ["toy_dataset", *ARCHITECTURES, "quick_start"], ids=run_of)
+def test_a_script_does_what_its_first_lines_promise(script):
+    workplace, done = finished(script)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no warning, no progress bar where there is no terminal
     lines = done.stdout.splitlines()
@@ -98,7 +98,10 @@ def test_ctrl_c_ends_a_script_in_one_line_and_leaves_what_was_saved(workplace):
     checkpoint = workplace.folder / "checkpoints" / "decoder_only.pt"
     MODELS["decoder_only"](d_model=16, num_heads=2).save(checkpoint)
     before = checkpoint.read_bytes()
-    process = subprocess.Popen([sys.executable, "-u", "decoder_only.py"], cwd=workplace.folder, stdout=subprocess.PIPE,
+    # Whoever starts the tests in the background hands down that SIGINT is ignored; a user at a terminal does not.
+    run = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); " \
+          "runpy.run_path('decoder_only.py', run_name='__main__')"
+    process = subprocess.Popen([sys.executable, "-u", "-c", run], cwd=workplace.folder, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if "1. Training" in line:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from kill_and_resume import kill_and_resume, same_bits, weights
 
 import train_all
-from conftest import MODELS, SCRIPTS, Workplace, last_lines_as_promised, refused
+from conftest import MODELS, SCRIPTS, Workplace, finished, last_lines_as_promised, refused, run_of
 from toy_dataset import IGNORE_INDEX, NumberTranslationDataset, collate_fn
 
 SMALL = {"D_MODEL": 16, "NUM_HEADS": 2, "NUM_LAYERS": 1, "D_FF": 32, "NUM_SAMPLES": 600, "NUM_EPOCHS": 2,
@@ -205,8 +205,9 @@ def table(path):
         return list(csv.DictReader(file))
 
 
-def test_the_whole_run_reaches_what_it_promises(workplace):
-    done = run(workplace)
+@pytest.mark.parametrize("script", ["train_all"], ids=run_of)
+def test_the_whole_run_reaches_what_it_promises(script):
+    workplace, done = finished(script)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     for name in train_all.ARCHITECTURES:
         row = [line for line in done.stdout.splitlines() if re.match(rf"{name} +[\d,]+ +\d", line)]
