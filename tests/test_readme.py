@@ -445,8 +445,8 @@ def compare_with_what_is_printed(table):
                 continue
             kind = table.header[column]
             name = kind.split(",")[0].split(" (")[0]
-            # The columns are in the line's order, or the line says `name 12.3 %`.
-            named = re.search(re.escape(name) + r" +(" + NUMBER + ")", line)
+            # The columns are in the order of the line, or the line names them: `exact match 12.3%`.
+            named = re.search(re.escape(name) + r":? +(" + NUMBER + ")", line)
             printed = number(named[1] if named else numbers[column - 1])
             within = re.search(r"±([\d.]+)", kind)
             if within:
