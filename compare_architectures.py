@@ -30,6 +30,7 @@ import time
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -116,6 +117,13 @@ def median_milliseconds(run, rounds=5):
         run()
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times)
+
+
+def some_unseen(count=200):
+    """(digits, words) of `count` unseen sequences. Taken evenly: they lie ordered by length, the longest first."""
+    unseen = data()[1].dataset
+    items = [unseen[i * len(unseen) // count] for i in range(count)] if len(unseen) > count else list(unseen)
+    return [item["digits"] for item in items], [item["words"] for item in items]
 
 
 # -------------------------------------------------------------------------------------
@@ -241,10 +249,20 @@ def section_3(curves):
 # -------------------------------------------------------------------------------------
 # 4. What each costs
 # -------------------------------------------------------------------------------------
+class Decompose(TorchDispatchMode):
+    """Replaces each composite operation by those that it is made of, such as a linear layer by its matrix product. Under
+    inference_mode older PyTorch versions (2.5) do not, and their counter, which knows only products, counts nothing."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        with self:
+            result = operation.decompose(*args, **(kwargs or {}))
+        return operation(*args, **(kwargs or {})) if result is NotImplemented else result
+
+
 def multiply_adds(run):
     """Multiply-adds of `run()` in matrix products, counted by torch.utils.flop_counter (which counts each as two)."""
     # The plain path of attention is made of matrix products, which are counted; not every fused kernel is.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, Decompose():
         run()
     return counter.get_total_flops() // 2
 
@@ -315,14 +333,12 @@ def cache_bytes(name, model, source_length, num_tokens):
 def section_5(models):
     """Try each model on what it was not made for, and print what comes out."""
     print("\n5. What each can and cannot do, tried")
-    _, val_loader = data()
-    items = [val_loader.dataset[i] for i in range(min(200, len(val_loader.dataset)))]
-    digits, words = [item["digits"] for item in items], [item["words"] for item in items]
+    digits, words = some_unseen()
 
     def score(written, expected):
         return f"{sum(a == b for a, b in zip(written, expected)) / len(expected):6.1%}"
 
-    print(f"  words to digits, exact match on {len(items)} unseen sequences")
+    print(f"  words to digits, exact match on {len(digits)} unseen sequences")
     print(f"    encoder-only     {score(encoder_only.translate_back(models['encoder-only'], words), digits)}"
           "   trained on both directions: blanks may be anywhere")
     for name in ("decoder-only", "encoder-decoder"):
@@ -376,16 +392,15 @@ def section_5(models):
 # -------------------------------------------------------------------------------------
 def section_6(unsure):
     """Print exact match, diversity and time of every strategy on an undertrained encoder-decoder."""
-    _, val_loader = data()
-    items = [val_loader.dataset[i] for i in range(min(200, len(val_loader.dataset)))]
-    digits, words = [item["digits"] for item in items], [item["words"] for item in items]
+    digits, words = some_unseen()
     print(f"\n6. How to generate: the encoder-decoder of section 3 after {min(UNSURE_STEPS, NUM_STEPS)} steps, still "
-          f"unsure, on {len(items)} unseen sequences")
+          f"unsure, on {len(digits)} unseen sequences")
     print(f"  {'':34s}{'exact match':>12s}{'distinct of 20':>16s}{'ms a sequence':>15s}")
     strategies = {"greedy": {}, "temperature 0.5": {"temperature": 0.5}, "temperature 1": {"temperature": 1.0},
                   "temperature 1.5": {"temperature": 1.5}, "top_k 3": {"temperature": 1.0, "top_k": 3},
                   "top_p 0.9": {"temperature": 1.0, "top_p": 0.9}, "repetition penalty 1.5": {"repetition_penalty": 1.5},
-                  "beam search 2": {"beam_width": 2}, "beam search 5": {"beam_width": 5},
+                  "repetition penalty 3": {"repetition_penalty": 3.0}, "beam search 2": {"beam_width": 2},
+                  "beam search 5": {"beam_width": 5},
                   "beam search 5, length penalty 0": {"beam_width": 5, "length_penalty": 0.0}}
     for name, options in strategies.items():
         torch.manual_seed(SEED)
@@ -394,7 +409,7 @@ def section_6(unsure):
         milliseconds = 1000 * (time.perf_counter() - start) / len(digits)
         right = sum(a == b for a, b in zip(written, words)) / len(words)
         # Diversity: how many different answers 20 tries give, in the mean over ten sequences.
-        tries = [encoder_decoder.translate(unsure, [row] * 20, **options) for row in digits[:10]]
+        tries = [encoder_decoder.translate(unsure, [row] * 20, **options) for row in digits[::len(digits) // 10 or 1][:10]]
         distinct = statistics.mean(len({tuple(answer) for answer in answers}) for answers in tries)
         print(f"  {name:34s}{right:12.1%}{distinct:16.1f}{milliseconds:15.3f}")
 

@@ -170,8 +170,8 @@ class MultiHeadAttention(nn.Module):
             # variance K; softmax of scores that large is nearly one-hot, and its gradient nearly zero.
             scores = queries @ keys.transpose(-2, -1) / math.sqrt(self.head_dim)         # (B, H, T, S)
             if mask is not None:
-                # exp(-inf) is exactly 0. A large negative number instead of -inf would be about 0 in a row that has
-                # something to attend to, but uniform over forbidden places in a row that has not.
+                # exp(-inf) is exactly 0. A large negative number instead, such as -1e9, comes to 0 too in a row that has
+                # something to attend to, but to a uniform mixture of forbidden places in a row that has not.
                 scores = scores.masked_fill(~mask, -math.inf)                            # (B, H, T, S)
             weights = torch.softmax(scores, dim=-1)                                      # (B, H, T, S)
             if mask is not None:
@@ -743,7 +743,7 @@ def main():
     show_filters(young, prompt)
 
     print("\n3. What the strategies write with it: quality against variety")
-    show_strategies(young, result["examples"][:200], prompt, torch.Generator(device).manual_seed(SEED))
+    show_strategies(young, result["examples"][::3], prompt, torch.Generator(device).manual_seed(SEED))
     print("  and the trained model, greedy, where the right answer repeats itself: a penalty is no free improvement")
     show_repetition_penalty(model, ["7"] * min(3, MAX_DIGITS))
 

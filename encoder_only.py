@@ -176,8 +176,8 @@ class MultiHeadAttention(nn.Module):
             # variance K; softmax of scores that large is nearly one-hot, and its gradient nearly zero.
             scores = queries @ keys.transpose(-2, -1) / math.sqrt(self.head_dim)         # (B, H, T, S)
             if mask is not None:
-                # exp(-inf) is exactly 0. A large negative number instead of -inf would be about 0 in a row that has
-                # something to attend to, but uniform over forbidden places in a row that has not.
+                # exp(-inf) is exactly 0. A large negative number instead, such as -1e9, comes to 0 too in a row that has
+                # something to attend to, but to a uniform mixture of forbidden places in a row that has not.
                 scores = scores.masked_fill(~mask, -math.inf)                            # (B, H, T, S)
             weights = torch.softmax(scores, dim=-1)                                      # (B, H, T, S)
             if mask is not None:

@@ -535,7 +535,9 @@ def show_inference(device, num_examples=200):
     flattering one of models. Where that matters, keep a third set for the very end.
     """
     _, val_loader = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED, VALIDATION_SHARE)
-    items = [val_loader.dataset[i] for i in range(min(num_examples, len(val_loader.dataset)))]
+    unseen = val_loader.dataset  # ordered by length: taken evenly, or all would have five digits
+    items = [unseen[i * len(unseen) // num_examples] for i in range(num_examples)] if len(unseen) > num_examples \
+        else list(unseen)
     digits, words = [item["digits"] for item in items], [item["words"] for item in items]
     print(f"\nEvery strategy on the same {len(items)} unseen sequences, in one batch, from the saved models")
     for name, strategies in STRATEGIES.items():

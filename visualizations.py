@@ -425,7 +425,7 @@ def beam_search_tree(young):
     axis.spines["left"].set_visible(False)
     right = "right" if best == VOCABULARY.encode(words) + [EOS] else "wrong"
     save(figure, "beam_search_tree",
-         f"Beam search, width 3, for {' '.join(digits)}: sums of log-probabilities, best answer in red, thick ({right})")
+         f"Beam search, width 3, for {' '.join(digits)}: sums of log-probabilities, the best answer thick ({right})")
 
 
 # -------------------------------------------------------------------------------------
@@ -543,7 +543,7 @@ def cross_attention_alignment(models, origins):
     axis.xaxis.label.set_fontsize(8)
     figure.colorbar(image, label="weight")
     save(figure, "cross_attention_alignment",
-         f"How words line up with their digits (layer {layer}, head {head}, where they do most)")
+         f"Words line up with their digits (layer {layer}, head {head})")
 
 
 # -------------------------------------------------------------------------------------

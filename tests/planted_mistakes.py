@@ -1,6 +1,6 @@
 """Plant the mistakes that learners make, one at a time, in a copy of the collection: does a test fail?
 
-    python tests/planted_mistakes.py            (about 10 minutes; prints a row for each mistake)
+    python tests/planted_mistakes.py            (about 15 minutes; prints a row for each mistake)
 
 Not collected by pytest. A mistake is a text to find and a text to put there, in every script that has it.
 """
