@@ -343,12 +343,14 @@ def check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty
     """Raises InputError for settings that cannot work. A top_k larger than the vocabulary can: it means all of it."""
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} writes nothing: use 1 or more")
-    if not (temperature == 0 or 1e-6 <= temperature < math.inf):  # smaller ones are 0 in float32, and 0/0 is NaN
+    if not (temperature == 0 or 1e-6 <= temperature < math.inf):  # below that it is greedy in all but name
         raise InputError(f"temperature={temperature} cannot work: use 0 for greedy, or a value such as 0.7")
     if top_k is not None and top_k < 1:
         raise InputError(f"top_k={top_k} keeps no token: use 1 or more, or None to keep all")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p={top_p} is no probability to reach: use more than 0 and at most 1, or None")
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise InputError("top_k and top_p change nothing at temperature=0, which is greedy: use a temperature such as 1.0")
     if not 0.01 <= repetition_penalty <= 100:
         raise InputError(f"repetition_penalty={repetition_penalty} cannot work: use 1 for none, or a value such as 1.2")
 

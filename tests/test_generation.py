@@ -101,6 +101,7 @@ def test_generating_leaves_the_training_mode_as_it_was_and_dropout_out(name):
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("options, words", [
     ({"temperature": -1.0}, "temperature=-1"), ({"temperature": math.nan}, "temperature=nan"), ({"top_k": 0}, "top_k=0"),
+    ({"top_k": 3}, "change nothing at temperature=0"), ({"top_p": 0.9}, "change nothing at temperature=0"),
     ({"top_p": 0.0}, "top_p=0"), ({"top_p": 1.1}, "top_p=1.1"), ({"top_p": math.nan}, "top_p=nan"),
     ({"repetition_penalty": 0.0}, "repetition_penalty=0"), ({"max_new_tokens": 0}, "max_new_tokens=0"),
     ({"max_new_tokens": 100}, "max_len=64"), ({"prompts": []}, "at least one"), ({"prompts": [[6], []]}, "at least one"),
