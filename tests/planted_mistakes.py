@@ -1,6 +1,7 @@
 """Plant the mistakes that learners make, one at a time, in a copy of the collection: does a test fail?
 
     python tests/planted_mistakes.py            (about 15 minutes; prints a row for each mistake)
+    python tests/planted_mistakes.py guide      the same with mistakes in the guide, the README
 
 Not collected by pytest. A mistake is a text to find and a text to put there, in every script that has it.
 """
@@ -88,29 +89,89 @@ MISTAKES = [
 ]
 FAST_TESTS = ["test_blocks.py", "test_models.py", "test_generation.py", "test_training.py", "test_dataset.py"]
 
+MISTAKES_IN_THE_GUIDE = [
+    ("dead anchor", "(#86-keyvalue-cache)", "(#86-key-value-cache)"),
+    ("live but wrong anchor", "[8.6](#86-keyvalue-cache)", "[8.6](#85-repetition-penalty)"),
+    ("dead file link", "[`tests/test_alike.py`](tests/test_alike.py)", "[`tests/test_alike.py`](tests/test_alikes.py)"),
+    ("unknown method", "`MultiHeadAttention.split_heads`", "`MultiHeadAttention.cut_heads`"),
+    ("name in the wrong file", "`warmup_cosine` and `create_optimizer` in [`train_all.py`]",
+     "`lr_factor` and `create_optimizer` in [`train_all.py`]"),
+    ("test that does not exist", "`test_an_epoch_is_the_plainest_loop_there_is`",
+     "`test_an_epoch_is_the_plainest_loop`"),
+    ("wrong default", "| heads (`NUM_HEADS`) | 4 |", "| heads (`NUM_HEADS`) | 8 |"),
+    ("wrong betas", "| betas | 0.9, 0.999 |", "| betas | 0.9, 0.95 |"),
+    ("wrong epochs", "6 to 8 epochs of 85 steps", "6 to 8 epochs of 58 steps"),
+    ("wrong sizes", "101,760 to 235,392", "101,786 to 235,392"),
+    ("wrong output of a snippet", "std of q.k   2.0", "std of q.k   2.2"),
+    ("wrong entropy", "entropy by layer: [0.7, 0.0]", "entropy by layer: [0.5, 0.0]"),
+    ("snippet that fails", "from encoder_only import PositionalEncoding\n\ntable",
+     "from encoder_only import PositionEncoding\n\ntable"),
+    ("wrong figure in a measured table", "| decoder-only | 101,760 | 3.1 | 6 |",
+     "| decoder-only | 101,760 | 3.1 | 5 |"),
+    ("time wrong by a hundred", "| encoder-only | 101,786 | 3.1 | 1 |", "| encoder-only | 101,786 | 310.0 | 1 |"),
+    ("tolerance that holds nothing", "exact match, % (±1) |\n|---|---|---|---|---|\n| encoder-only | 101",
+     "exact match, % (±90) |\n|---|---|---|---|---|\n| encoder-only | 101"),
+    ("line of output invented", "to stop.\n```\n\nSecond", "to stop.\nAll is well.\n```\n\nSecond"),
+    ("percentage in the text", "still reaches 86 %\nwithout", "still reaches 36 %\nwithout"),
+    ("number of sequences", "111,110 sequences", "99,999 sequences"),
+    ("number of mistakes", "plants fifty mistakes", "plants ninety mistakes"),
+    ("table without a source", "Sources: the papers named in the cells;", "The papers named in the cells;"),
+    ("percentage without a source", "**What just happened.**",
+     "Nine in ten readers, 90 %, like it.\n\n**What just happened.**"),
+    ("uncited paper", "(Sennrich et al. 2016)", "(Sennrich et al. 2017)"),
+    ("paper of another time", "Kaplan et al. 2020, [Scaling", "Kaplan et al. 2024, [Scaling"),
+    ("minutes that do not add up", "| read its output next to section 8 | `python compare_architectures.py` | 15 |",
+     "| read its output next to section 8 | `python compare_architectures.py` | 25 |"),
+    ("lines of a file", "| 919 | 35 |", "| 719 | 25 |"),
+    ("command that does not exist", "`python visualizations.py` | twenty", "`python visualisations.py` | twenty"),
+    ("pytest -k that selects nothing", "-k never_nan", "-k never_nans"),
+    ("figure that is missing", "(figures/masks.png)", "(figures/mask.png)"),
+    ("a question left out", "<b>7. What do attention", "<b>8. What do attention"),
+    ("constant that does not exist", "`PROFILE_STEPS = 5`", "`PROFILING_STEPS = 5`"),
+]
+# In this order: what needs no script to be run, then what needs quick_start.py alone.
+GUIDE_TESTS = ["not run_of and not turned and not short_command", "run_of_quick_start or run_of_toy_dataset"]
+
+
+def plant(old, new, paths):
+    """Replace `old` by `new` in every one of `paths` that has it; how many there were."""
+    planted = 0
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        if old in text:
+            path.write_text(text.replace(old, new), encoding="utf-8")
+            planted += 1
+    return planted
+
+
+def first_failure(folder, *arguments):
+    """The first test that fails in `folder` with these arguments of pytest, or None."""
+    done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments], cwd=folder,
+                          capture_output=True, text=True)
+    found = re.search(r"^(?:FAILED|ERROR) \S*?(test_\w+\.py(?:::\w+)?)", done.stdout, flags=re.MULTILINE)
+    return found and found[1]
+
 
 def main():
-    missed = 0
-    for name, old, new in MISTAKES:
+    guide = sys.argv[1:] == ["guide"]
+    mistakes, missed = MISTAKES_IN_THE_GUIDE if guide else MISTAKES, 0
+    for name, old, new in mistakes:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "collection"
             shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "checkpoints", "__pycache__", ".*cache"))
-            planted = 0
-            for script in copy.glob("*.py"):
-                text = script.read_text(encoding="utf-8")
-                if old in text:
-                    script.write_text(text.replace(old, new), encoding="utf-8")
-                    planted += 1
+            planted = plant(old, new, [copy / "README.md"] if guide else copy.glob("*.py"))
             if not planted:
-                print(f"{'NOT FOUND':9s} {name}: the text to replace is in no script", flush=True)
+                print(f"{'NOT FOUND':9s} {name}: the text to replace is nowhere", flush=True)
                 missed += 1
                 continue
-            done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
-                                   *(f"tests/{test}" for test in FAST_TESTS)], cwd=copy, capture_output=True, text=True)
-            found = re.search(r"^(?:FAILED|ERROR) \S*?(test_\w+\.py(?:::\w+)?)", done.stdout, flags=re.MULTILINE)
+            if guide:
+                found = first_failure(copy, "tests/test_readme.py", "-k", GUIDE_TESTS[0]) \
+                    or first_failure(copy, "tests/test_readme.py", "-k", GUIDE_TESTS[1])
+            else:
+                found = first_failure(copy, *(f"tests/{test}" for test in FAST_TESTS))
             missed += found is None
-            print(f"{'caught' if found else 'MISSED':9s} {name:48s} in {planted}   {found[1] if found else ''}", flush=True)
-    print(f"{len(MISTAKES) - missed} of {len(MISTAKES)} planted mistakes were caught")
+            print(f"{'caught' if found else 'MISSED':9s} {name:48s} in {planted}   {found or ''}", flush=True)
+    print(f"{len(mistakes) - missed} of {len(mistakes)} planted mistakes were caught")
     sys.exit(missed > 0)
 
 

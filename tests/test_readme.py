@@ -16,7 +16,7 @@ import torch
 import toy_dataset
 import train_all
 from conftest import MODELS, ROOT, SCRIPTS, finished, run_of
-from planted_mistakes import MISTAKES
+from planted_mistakes import MISTAKES, MISTAKES_IN_THE_GUIDE
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 LINES = TEXT.splitlines()
@@ -364,6 +364,12 @@ def test_figures_in_the_text_are_those_of_the_code():
     assert questions == [str(n) for n in range(1, 26)] and "The twenty-five most asked" in text
     milestones = re.findall(r"<summary><b>(\d+)\.</b>", "\n".join(section("13. Milestones")))
     assert milestones == [str(n) for n in range(1, len(milestones) + 1)] and len(milestones) >= 16
+
+
+def test_every_mistake_that_is_planted_still_finds_its_place():
+    scripts = [path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")]
+    assert not [name for name, old, _ in MISTAKES if not any(old in text for text in scripts)]
+    assert not [name for name, old, _ in MISTAKES_IN_THE_GUIDE if old not in TEXT]
 
 
 # --- commands ---------------------------------------------------------------------------
