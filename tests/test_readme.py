@@ -327,7 +327,7 @@ def test_every_table_with_numbers_says_where_they_are_from():
 
 
 def paragraphs():
-    """(number of the first line, text) of every paragraph of the prose, commands joined to those that they stand between."""
+    """Every paragraph of the prose as one line; a command belongs to the paragraph before it."""
     found = []
     for part in re.split(r"\n\s*\n(?! {4}python )", "\n".join(PROSE)):
         if part.strip() and not re.match(r"\s*[|#]", part):
