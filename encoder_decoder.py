@@ -1,37 +1,40 @@
 """
-encoder_decoder.py - the T5 family: read it all, then write, looking back while writing
+encoder_decoder.py - the T5 family: read everything, then write, attending to what was read
 
-THE IDEA.  Two stacks. The encoder reads the whole source in both directions, like BERT. The decoder writes the target
-from left to right, like GPT, and in every layer it also looks at what the encoder has made of the source: that is
-cross-attention, and it is the one new idea here (Vaswani et al. 2017, "Attention Is All You Need"; Raffel et al. 2020,
-"Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", T5).
+THE IDEA.  Two stacks. The encoder reads the whole source in both directions, like BERT. The decoder
+writes the target from left to right, like GPT. In every layer, the decoder also attends to the
+encoder's output: this is cross-attention, the one new idea here (Vaswani et al. 2017, "Attention Is
+All You Need"; Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified
+Text-to-Text Transformer", T5).
 
       4   0   7                       <SOS>  four  zero  seven        decoder input
       |   |   |                         |     |     |     |
-    [ EncoderLayer ] x 2              [ DecoderLayer             ] x 2
-    [ all look at  ]                  [ 1 looks at what it wrote ]    causal self-attention
-    [ all          ] --- memory --->  [ 2 looks at the source    ]    cross-attention: queries from
-      |   |   |       (last layer's   [ 3 feed-forward           ]    here, keys and values from there
-                       output, for      |     |     |     |
-                       every layer)    four  zero seven <EOS>         says
+    [ EncoderLayer    ] x 2           [ DecoderLayer              ] x 2
+    [ self-attention, ]               [ 1 causal self-attention   ]
+    [ both directions ]  - memory ->  [ 2 cross-attention: queries]
+      |   |   |       (last layer's   [   from here, keys and     ]
+                       output, for    [   values from the memory  ]
+                       every layer)   [ 3 feed-forward            ]
+                                        |     |     |     |
+                                      four  zero seven <EOS>          predictions
 
-It learns here:  to read `4 0 7` and write `four zero seven <EOS>`. Source and target have their own positions, so word
-2 looks for digit 2: no counting across a <SEP>. It has twice the weights of the other two, for two stacks.
+What it learns here: to read `4 0 7` and write `four zero seven <EOS>`. Source and target have their
+own positions: word 2 and digit 2 have the same one.
 
-Also here:  beam search, step by step as a table, and the cross-attention that lines words up with digits.
+New here: cross-attention, and beam search.
 
 Run it:     python encoder_decoder.py        (about 13 seconds on one CPU core)
+Try it:     python encoder_decoder.py 4 0 7              (after the run)
 
 The last lines should be close to:
 
-    Result on 599 unseen sequences
-      next word, given the right ones before it (teacher forcing)   accuracy    100.0%
-      digits to words, written freely until <EOS>, greedy           exact match 100.0%
-      the same with beam search, width 3                            exact match 100.0%
-    saved checkpoints/encoder_decoder.pt
+    Result on 601 held-out sequences
+      next word, given the correct ones before it (teacher forcing)   accuracy    100.0%
+      digits to words, generated until <EOS>, greedy                  exact match 100.0%
+      the same with beam search, width 3                              exact match 100.0%
 
-READING ORDER   positions -> attention -> feed-forward -> encoder layer -> causal mask and cache -> decoder layer (what
-                is new) -> choosing a token -> model, `generate`, `beam_search` -> training -> main
+READING ORDER   known blocks -> decoder layer (new: cross-attention) -> model and `generate`
+                -> `beam_search` (the heart of this file) -> training -> main
 """
 import copy
 import math
@@ -42,106 +45,175 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from toy_dataset import (CHECKPOINTS, EOS, IGNORE_INDEX, PAD, SOS, VOCABULARY, InputError, check_constants, check_loss,
-                         check_tokens, choose_device, create_dataloaders, load_checkpoint, pad_rows, padding_mask,
-                         print_examples, report_saved, run_script, save_checkpoint, to_device)
+from housekeeping import (CHECKPOINTS, check_arguments, check_constants, check_finite, check_known,
+                          check_model, check_rows, check_sequences, choose_device, evaluation_mode,
+                          load_checkpoint, run_script, save_checkpoint, save_model)
+from toy_dataset import (DIGITS, EOS, IGNORE_INDEX, PAD, SOS, VOCABULARY, create_dataloaders,
+                         exact_match, pad_rows, padding_mask, print_attention, print_examples,
+                         to_device)
 
 # =====================================================================================
-# LEGEND   B  batch                                D  d_model: width of a token's vector
-#          S  source length, or in general         H  heads
-#             positions that can be looked at      K  D / H: width of one head
-#          T  target length, or in general         V  vocabulary size (26)
-#             positions that ask                   W  beam width
+# LEGEND   B  batch                              D  d_model: the size of a token's vector
+#          S  source length, or in general       H  heads
+#             the number of keys                 K  D / H: the size of a head's vectors
+#          T  target length, or in general       V  vocabulary size (26)
+#             the number of queries              W  beam width
 # =====================================================================================
 
 # =====================================================================================
-# CONSTANTS - change one, run again. What a "Try" gives is the exact match at the end, measured with SEED 0 and 1.
+# CONSTANTS - change one, run again. After each "Try": the final exact match with SEED 0 and 1.
 # =====================================================================================
 # The model
-D_MODEL = 64             # width of a token's vector. Try 16: 0.2 % with one seed, 100 % with the other.
-NUM_HEADS = 4            # must divide D_MODEL. Try 1: 99.8 to 100 %.
-NUM_LAYERS = 2           # in the encoder, and as many in the decoder. Try 1: 100 %; cross-attention needs no more.
-D_FF = 256               # inner width of the feed-forward; 4 * D_MODEL since 2017. Try 64: 99.8 to 100 %.
-DROPOUT = 0.0            # share of activations set to 0 in training. Try 0.1: 99.8 %; 0.3: 99 %.
+D_MODEL = 64             # size of a token's vector. Try 16: 0.2% with one seed, 100% with another.
+NUM_HEADS = 4            # must divide D_MODEL. Try 1: 99.8 to 100%.
+NUM_LAYERS = 2           # in the encoder, and as many in the decoder. Try 1: 100%.
+D_FF = 256               # hidden size of the feed-forward network. Try 64: 99.8 to 100%.
+DROPOUT = 0.0            # fraction of activations set to 0. Try 0.1: 99.8%; 0.3: 99%.
 # The task
-NUM_SAMPLES = 6000       # distinct sequences, training and validation together. Try 1000: 99 to 100 %; 300: 0 to 3 %.
-MAX_DIGITS = 5           # longest sequence. Try 8: 99.8 %.
+NUM_SAMPLES = 6000       # distinct sequences, training and validation. Try 1000: 99 to 100%.
+MAX_DIGITS = 5           # longest sequence. Try 8: 99.8%.
 # The training
-BATCH_SIZE = 64          # rows per step. Try 256: a quarter of the steps, 99.7 to 99.8 %.
-LEARNING_RATE = 3e-3     # at its peak. Try 1e-4, usual for far larger models: 99.8 %, later. Try 3e-2: 0 to 1 %.
-WARMUP_STEPS = 40        # steps in which the rate climbs to its peak. Try 0: 100 %; pre-norm does not need it here.
-CLIP_NORM = 1.0          # longest gradient that a step may follow. Try 100.0, no clipping: 100 %.
-NUM_EPOCHS = 6           # passes over the training data, 85 steps each. Try 2: 99.8 to 100 %; 1: 99.8 %.
-# Writing
-BEAM_WIDTH = 3           # hypotheses that beam search follows side by side. Try 1: greedy.
-LENGTH_PENALTY = 1.0     # 0.0 compares plain log-probabilities, which favours short answers.
+BATCH_SIZE = 64          # rows per step. Try 256: a quarter of the steps, 99.7 to 99.8%.
+LEARNING_RATE = 3e-3     # at its peak. Try 1e-4: 99.8%, later. Try 3e-2: 0 to 1%.
+WARMUP_STEPS = 40        # steps in which the learning rate rises to its peak. Try 0: 100%.
+CLIP_NORM = 1.0          # maximum length of the gradient. Try 100.0 (no clipping): 100%.
+NUM_EPOCHS = 6           # passes over the training data, 85 steps each. Try 2: 99.8 to 100%.
+# Generation
+BEAM_WIDTH = 3           # unfinished hypotheses that beam search keeps. Try 1: greedy.
+LENGTH_PENALTY = 1.0     # 0.0 compares sums of log-probabilities, which favors short answers
 # The run
-SEED = 0                 # weights and data. Try 1: every claim should survive it.
-DEVICE = "cpu"           # or "cuda", "mps"; the figures in this file were all measured on a CPU.
-NUM_THREADS = 1          # CPU threads. Two are faster on an idle machine, and much slower on a busy one.
+SEED = 0                 # weights and data. Try 1.
+DEVICE = "cpu"           # or "cuda", "mps"; the numbers in this file were measured on a CPU
+NUM_THREADS = 1          # CPU threads
 # =====================================================================================
 
 
 # -------------------------------------------------------------------------------------
-# 1. Building blocks, in the order in which the data meets them
+# 1. Building blocks
 # -------------------------------------------------------------------------------------
-class PositionalEncoding(nn.Module):
-    """Adds to each token's vector a fixed pattern that says where in the sequence it stands.
+# KNOWN from decoder_only.py, except for what is marked NEW in this file: KeyValueCache.reorder.
+# Look at it, then continue reading at `EncoderLayer`.
+def causal_mask(queries, keys, device=None):
+    """Return (1, 1, queries, keys) booleans: each query may attend to keys up to its own position.
 
-    Without it a transformer reads a bag of tokens: attention compares vectors, and nothing in a vector says "I am
-    third". Each pair of dimensions is a clock hand that turns with the position, the first pair fast, the last slowly:
+    The last query stands at the last key. With a cache there are more keys than queries:
+
+        3 queries, 3 keys    # . .        2 queries, 5 keys    # # # # .        # True
+                             # # .        (3 are cached)       # # # # #        . False
+                             # # #
+    """
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return mask[None, None]  # (1, 1, queries, keys)
+
+
+class KeyValueCache:
+    """Keys and values of all tokens so far, for one attention layer, so that each is computed once.
+
+    Generation calls the model once per token. Under a causal mask, a token's key and value depend
+    only on that token and earlier ones, so they stay the same. With a cache, each step sends only
+    the newest token through the layers. The result is the same up to rounding. The price is memory,
+    2 * layers * D numbers per token: 1 KiB here, 512 KiB in LLaMA 7B (32 layers, D = 4096, 16
+    bits). It is allocated at once, because growing it with torch.cat would copy everything in every
+    step.
+    """
+
+    def __init__(self, batch_size, attention, max_len):
+        weight = attention.w_k.weight  # the cache has the weights' device and precision
+        shape = (batch_size, attention.num_heads, max_len, attention.head_dim)
+        self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+
+    def append(self, keys, values):
+        """Append (B, H, T, K) each. Returns all keys and values so far, (B, H, length, K) each."""
+        end = self.length + keys.size(2)
+        self.keys[:, :, self.length:end] = keys
+        self.values[:, :, self.length:end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    # --- NEW in encoder_decoder.py: beam search ---
+    def reorder(self, rows):
+        """Replace each row i by a copy of row rows[i]. rows (B,)"""
+        self.keys[:, :, :self.length] = self.keys[rows, :, :self.length]
+        self.values[:, :, :self.length] = self.values[rows, :, :self.length]
+    # --- end of what is new ---
+
+
+class PositionalEncoding(nn.Module):
+    """Adds a fixed pattern to each token's vector that encodes its position.
+
+    Without it, an encoder cannot tell `4 0 7` from `7 0 4`: attention compares vectors, wherever
+    they stand. Dimensions 2i and 2i+1 are a clock hand that turns with the position `pos`. The
+    first pair (i = 0) turns fast, the last pair slowly:
 
         PE[pos, 2i]   = sin(pos / 10000^(2i/D))
         PE[pos, 2i+1] = cos(pos / 10000^(2i/D))
 
-    Source: Vaswani et al. 2017, section 3.5. For a fixed distance k, PE[pos+k] is the same rotation of PE[pos]
-    wherever pos is, so "one to the left" is something that a single matrix can learn.
+    Vaswani et al. 2017, section 3.5. One step to the right turns each hand by the same angle at
+    every position, so one matrix can express "one position to the left".
     """
 
     def __init__(self, d_model, max_len):
         super().__init__()
-        if d_model % 2:
-            raise InputError(f"d_model={d_model} must be even: positions come as pairs of sine and cosine")
-        position = torch.arange(max_len).unsqueeze(1)                                    # (max_len, 1)
-        # 10000^(-2i/D), through the logarithm: one multiplication and one exp instead of a power.
-        frequency = torch.exp(torch.arange(0, d_model, 2) * (-math.log(10000.0) / d_model))  # (D/2,)
-        table = torch.zeros(max_len, d_model)                                            # (max_len, D)
-        table[:, 0::2] = torch.sin(position * frequency)                                 # (max_len, D/2)
-        table[:, 1::2] = torch.cos(position * frequency)                                 # (max_len, D/2)
-        # A buffer moves with the model to a GPU but is not trained; not persistent: a checkpoint need not hold what a
-        # formula gives.
+        position = torch.arange(max_len).unsqueeze(1)  # (max_len, 1)
+        frequency = 10000.0 ** (-torch.arange(0, d_model, 2) / d_model)  # (D/2,)
+        table = torch.zeros(max_len, d_model)
+        table[:, 0::2] = torch.sin(position * frequency)  # (max_len, D/2)
+        table[:, 1::2] = torch.cos(position * frequency)
+        # A buffer moves to the GPU with the model but is not trained. Nor is it saved, because the
+        # formula recreates it.
         self.register_buffer("table", table, persistent=False)
 
-    def forward(self, x, positions=None):
-        """x (B, T, D); positions (T,) or (B, T), by default 0 .. T-1. Returns (B, T, D).
+    def forward(self, x, positions=None):  # NEW in decoder_only.py: positions
+        """x (B, S, D) -> (B, S, D)"""
+        # --- NEW in decoder_only.py: positions (B, S), if a row does not start at position 0 ---
+        if positions is not None:
+            return x + self.table[positions]
+        # --- end of what is new ---
+        return x + self.table[:x.size(1)]
 
-        Positions are given where the first column is not position 0: after a cache, or behind padding on the left.
-        """
-        if positions is None:
-            return x + self.table[:x.size(1)]                                            # (B, T, D)
-        return x + self.table[positions]                                                 # (B, T, D)
+
+def attention(queries, keys, values, mask=None, dropout=0.0):
+    """Return softmax(Q K^T / sqrt(K)) V and the attention weights.
+
+    queries (B, H, T, K), keys and values (B, H, S, K); mask broadcasts to (B, H, T, S), True = may
+    attend. Returns (B, H, T, K) and the weights (B, H, T, S). Vaswani et al. 2017, section 3.2.
+
+    Each query is compared with each key, and the softmax turns a row of scores into weights that
+    sum to 1. The result is the weighted average of the values. One query and three keys:
+
+        scores  2.0  0.0  2.0    ->   weights  0.47  0.06  0.47
+        with the third key masked:    weights  0.88  0.12  0.00
+
+    Why divide by sqrt(K): q.k is a sum of K products. If the entries are independent with mean 0
+    and variance 1, the sum has variance K. The softmax of such large scores is almost one-hot, and
+    its gradient is almost zero. attention_by_hand.py shows it in numbers.
+    """
+    scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.size(-1))  # (B, H, T, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = torch.softmax(scores, dim=-1)
+    if mask is not None:
+        # subtle: a query that may attend to nothing has only -inf, and its softmax is 0/0 = NaN.
+        # It gets zeros instead. (decoder_only.py pads on the left, where this happens.)
+        weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    return F.dropout(weights, dropout) @ values, weights  # (B, H, T, K), (B, H, T, S)
 
 
 class MultiHeadAttention(nn.Module):
-    """Every position asks the positions it may see, itself included, and takes home a mixture of their answers.
+    """Attention in H heads side by side, each on its own slice of K = D / H dimensions.
 
-        attention(q, k, v) = softmax(q k^T / sqrt(K)) v        Vaswani et al. 2017, section 3.2; K = D / H
+    Queries come from x, keys and values from memory: a query describes what a position looks for, a
+    key what a position offers, a value the content that it passes on. All three are learned
+    projections. In self-attention, x and memory are the same.
 
-    A query q says what a position looks for, a key k what a position has to offer, a value v what it hands over. The
-    scores q k^T compare each query with each key; softmax turns a row of scores into weights that sum to 1. All three
-    are learned projections of the same vectors: what a token asks need not be what it answers.
-
-    Several heads do this side by side, each in its own slice of K = D / H dimensions: one softmax can point at one
-    place well, four can point at four. They cost no more than one head of full width.
-
-    Worked example, one head, one query, three keys: scores [2.0, 0.0, 2.0] -> weights [0.47, 0.06, 0.47]: the mean
-    of values 1 and 3, with a little of value 2. With key 3 masked: [2.0, 0.0, -inf] -> [0.88, 0.12, 0.00], exactly 0.
+    One softmax can point to one place well; H heads can point to H places, with as many weights and
+    multiplications as one head of full width.
     """
 
     def __init__(self, d_model, num_heads, dropout=0.0):
         super().__init__()
-        if num_heads < 1 or d_model % num_heads:
-            raise InputError(f"num_heads={num_heads} does not divide d_model={d_model}: use a divisor, such as 1 or 2")
         self.num_heads = num_heads
         self.head_dim = d_model // num_heads
         self.dropout = dropout
@@ -149,60 +221,45 @@ class MultiHeadAttention(nn.Module):
         self.w_k = nn.Linear(d_model, d_model)
         self.w_v = nn.Linear(d_model, d_model)
         self.w_o = nn.Linear(d_model, d_model)
+        self.formula = attention  # train_all.py can put PyTorch's fused kernel in its place
 
     def split_heads(self, x):
-        """(B, S, D) -> (B, H, S, K): the D dimensions of each token are cut into H slices of K."""
-        # subtle: view to (B, S, H, K) first, then swap. view(B, H, S, K) has the right shape too and runs, but it
-        # mixes the dimensions of one token with those of the next.
-        heads = x.view(x.size(0), x.size(1), self.num_heads, self.head_dim)              # (B, S, H, K)
-        return heads.transpose(1, 2)                                                     # (B, H, S, K)
+        """(B, S, D) -> (B, H, S, K): cut the D dimensions of each token into H slices."""
+        # subtle: view as (B, S, H, K) first, then transpose. view(B, H, S, K) has the right shape
+        # too, but it mixes the dimensions of different tokens.
+        return x.view(x.size(0), x.size(1), self.num_heads, self.head_dim).transpose(1, 2)
 
-    def keys_values(self, x):
-        """x (B, S, D), the positions that can be looked at -> their keys and values, each (B, H, S, K).
+    def merge_heads(self, x):
+        """(B, H, T, K) -> (B, T, D): the inverse of split_heads."""
+        return x.transpose(1, 2).flatten(2)
 
-        Apart from `forward`, so that generation can compute them once and keep them.
-        """
-        return self.split_heads(self.w_k(x)), self.split_heads(self.w_v(x))              # 2 x (B, H, S, K)
+    # --- NEW in decoder_only.py: the cache ---
+    def new_cache(self, batch_size, max_len):
+        """Return an empty cache for `batch_size` rows of at most `max_len` tokens."""
+        return KeyValueCache(batch_size, self, max_len)
+    # --- end of what is new ---
 
-    def forward(self, x, keys, values, mask=None, need_weights=False):
-        """x (B, T, D) asks; keys and values (B, H, S, K) answer; mask broadcasts to (B, H, T, S), True = may attend.
-
-        Returns (B, T, D) and the weights (B, H, T, S), taken before dropout, or None in place of them.
-        A row of the mask that allows nothing gathers zeros, of which w_o makes its bias; never NaN.
-        """
-        queries = self.split_heads(self.w_q(x))                                          # (B, H, T, K)
-        if need_weights:
-            # Why divide: q.k is a sum of K products. If q and k have independent entries of variance 1, the sum has
-            # variance K; softmax of scores that large is nearly one-hot, and its gradient nearly zero.
-            scores = queries @ keys.transpose(-2, -1) / math.sqrt(self.head_dim)         # (B, H, T, S)
-            if mask is not None:
-                # exp(-inf) is exactly 0. A large negative number instead, such as -1e9, comes to 0 too in a row that has
-                # something to attend to, but to a uniform mixture of forbidden places in a row that has not.
-                scores = scores.masked_fill(~mask, -math.inf)                            # (B, H, T, S)
-            weights = torch.softmax(scores, dim=-1)                                      # (B, H, T, S)
-            if mask is not None:
-                # A row of nothing but -inf is 0/0 = NaN in softmax, and one NaN soon is everywhere.
-                weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)          # (B, H, T, S)
-            context = F.dropout(weights, self.dropout, self.training) @ values           # (B, H, T, K)
-        else:
-            # The same formula in one fused kernel that never stores the (T, S) weights: lighter, and the faster the
-            # longer the sequence (Dao et al. 2022, FlashAttention). It divides by sqrt(K) itself, and since PyTorch 2.5
-            # gives zeros for empty rows.
-            weights = None
-            context = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask,
-                                                     dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, K)
-        # Back from heads to one vector a token, in the order in which split_heads cut it.
-        context = context.transpose(1, 2).reshape(x.shape)                               # (B, T, D)
-        return self.w_o(context), weights                                                # (B, T, D)
+    def forward(self, x, memory, mask=None, cache=None):  # NEW in decoder_only.py: cache
+        """x (B, T, D), memory (B, S, D), mask as in `attention` -> (B, T, D) and (B, H, T, S)"""
+        queries = self.split_heads(self.w_q(x))  # (B, H, T, K)
+        keys = self.split_heads(self.w_k(memory))  # (B, H, S, K)
+        values = self.split_heads(self.w_v(memory))
+        # --- NEW in decoder_only.py: the cache ---
+        if cache is not None:
+            keys, values = cache.append(keys, values)
+        # --- end of what is new ---
+        dropout = self.dropout if self.training else 0.0
+        result, weights = self.formula(queries, keys, values, mask, dropout)
+        return self.w_o(self.merge_heads(result)), weights  # (B, T, D), (B, H, T, S)
 
 
 class FeedForward(nn.Module):
-    """What each position does with what it has gathered: widen, bend, narrow. The same for all, none sees another.
+    """Two linear layers with a nonlinearity between them, applied to each position separately.
 
         feed_forward(x) = narrow(GELU(widen(x)))               Vaswani et al. 2017, section 3.3
 
-    Without the bend in between, two matrices in a row are one matrix. GELU (Hendrycks and Gimpel 2016) as in BERT and
-    GPT-2, where the 2017 paper and T5 have ReLU. Two thirds of a layer's weights sit here: 8 D^2 of 12 D^2.
+    Without the nonlinearity, the two matrices would collapse into a single one. GELU (Hendrycks and
+    Gimpel 2016) is a smooth ReLU. BERT and GPT-2 use it; the 2017 paper and T5 use ReLU.
     """
 
     def __init__(self, d_model, d_ff, dropout=0.0):
@@ -213,20 +270,20 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         """(B, T, D) -> (B, T, D)"""
-        return self.narrow(self.dropout(F.gelu(self.widen(x))))                          # (B, T, D)
+        return self.narrow(self.dropout(F.gelu(self.widen(x))))
 
 
+# KNOWN from encoder_only.py. Continue reading at `DecoderLayer`.
 class EncoderLayer(nn.Module):
-    """Attention gathers, feed-forward digests; each *adds* to what comes in, and each reads it through a layer norm.
+    """One encoder layer: self-attention, then a feed-forward network, each added to its input.
 
         x = x + attention(norm(x))
         x = x + feed_forward(norm(x))
 
-    The residual `x +` leaves a straight road from the loss to every layer: the gradient of x + f(x) always holds a 1.
-    The norm gives each vector mean 0 and variance 1, so that scores and activations stay where softmax and GELU work.
-
-    Departs from Vaswani et al. 2017, who norm after adding (post-norm). Norm before (pre-norm) keeps the road clear of
-    norms and trains without careful warm-up (Xiong et al. 2020); GPT-2 and T5 do so, BERT still normed after.
+    The norm (LayerNorm) gives each token's vector mean 0 and variance 1, then a learned gain and
+    shift. The residual `x +` gives gradients a direct path: the derivative of x + f(x) is
+    1 + f'(x). The paper and BERT normalize after the addition (post-norm); GPT-2, T5, and this
+    file normalize before it (pre-norm, Xiong et al. 2020).
     """
 
     def __init__(self, d_model, num_heads, d_ff, dropout=0.0):
@@ -237,74 +294,30 @@ class EncoderLayer(nn.Module):
         self.feed_forward = FeedForward(d_model, d_ff, dropout)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, mask=None, need_weights=False):
-        """x (B, S, D), mask broadcastable to (B, H, S, S) -> (B, S, D) and the attention weights or None."""
-        normed = self.norm1(x)                                                           # (B, S, D)
-        # *Self*-attention: queries, keys and values all come from the same positions.
-        attended, weights = self.attention(normed, *self.attention.keys_values(normed), mask, need_weights)
-        # subtle: add to x, not to `normed`. With that mistake the straight road is normed away at every layer; two layers
-        # still learn this task, so no curve gives it away. A test against PyTorch's own layer does.
-        x = x + self.dropout(attended)                                                   # (B, S, D)
-        x = x + self.dropout(self.feed_forward(self.norm2(x)))                           # (B, S, D)
+    def forward(self, x, mask=None):
+        """x (B, S, D), mask as in `attention` -> (B, S, D) and the weights (B, H, S, S)"""
+        normed = self.norm1(x)
+        attended, weights = self.attention(normed, normed, mask)
+        x = x + self.dropout(attended)  # subtle: add to x, not to `normed`
+        x = x + self.dropout(self.feed_forward(self.norm2(x)))
         return x, weights
 
 
-def causal_mask(queries, keys, device=None):
-    """(1, 1, queries, keys) booleans, True = may attend: each query sees the keys up to its own position.
-
-    The last query stands at the last key. With a cache there are more keys than queries: 1 query against 5 keys may
-    see all 5. For 3 and 3:
-        #..
-        ##.
-        ###
-    """
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
-
-
-class KeyValueCache:
-    """The keys and values of every token so far, for one attention layer, so that none is computed twice.
-
-    Causal attention makes this exact and not an approximation: a token's key and value depend on it and on earlier
-    tokens, so later ones cannot change them. To write token n, one row goes through the layers where n did; only its
-    attention still looks at n keys. The price is memory: 2 * layers * D numbers for every token of every row. Here that
-    is 2 * 2 * 64 * 4 bytes = 1 KiB a token; for a model of 32 layers and D = 4096 in 16 bits (LLaMA 7B) it is 512 KiB,
-    a gibibyte for 2048 tokens.
-
-    That memory is taken at once. Growing it token by token with torch.cat copies everything at every step.
-    """
-
-    def __init__(self, batch_size, attention, max_len):
-        weight = attention.w_k.weight  # the cache lives on the weights' device, in their precision
-        shape = (batch_size, attention.num_heads, max_len, attention.head_dim)
-        self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)         # (B, H, max_len, K)
-        self.values = torch.empty_like(self.keys)                                        # (B, H, max_len, K)
-        self.length = 0
-
-    def append(self, keys, values):
-        """Store (B, H, T, K) behind what is there; return all so far, 2 x (B, H, length, K)."""
-        end = self.length + keys.size(2)
-        self.keys[:, :, self.length:end] = keys
-        self.values[:, :, self.length:end] = values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]                            # 2 x (B, H, length, K)
-
-
 class DecoderLayer(nn.Module):
-    """The encoder's layer with two changes: self-attention is causal, and between it and the feed-forward the layer
-    asks the source.
+    """One decoder layer: the GPT layer of decoder_only.py, with cross-attention in the middle.
 
-        x = x + causal_attention(norm(x))
-        x = x + cross_attention(norm(x), memory)      <- not in decoder_only.py
+        x = x + attention(norm(x))                  under a causal mask
+        x = x + cross_attention(norm(x), memory)    <- new
         x = x + feed_forward(norm(x))
 
-    Source: Vaswani et al. 2017, section 3.1, with the norm before (as in T5) and not after.
+    Vaswani et al. 2017, section 3.1, but with pre-norm, as in T5.
     """
 
     def __init__(self, d_model, num_heads, d_ff, dropout=0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(d_model)
         self.self_attention = MultiHeadAttention(d_model, num_heads, dropout)
-        # --- NEW HERE: cross-attention ---
+        # --- NEW in encoder_decoder.py: cross-attention ---
         self.norm_cross = nn.LayerNorm(d_model)
         self.cross_attention = MultiHeadAttention(d_model, num_heads, dropout)
         # --- end of what is new ---
@@ -312,386 +325,385 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(d_model, d_ff, dropout)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, memory_keys, memory_values, mask=None, memory_mask=None, cache=None, need_weights=False):
-        """x (B, T, D) -> (B, T, D) and the cross-attention weights (B, H, T, S), or None in their place.
+    def forward(self, x, mask=None, cache=None,
+                memory=None, memory_mask=None,  # NEW in encoder_decoder.py: memory, memory_mask
+                memory_cache=None):  # NEW in encoder_decoder.py: memory_cache
+        """x (B, T, D), memory (B, S, D), masks as in `attention` -> (B, T, D) and (B, H, T, S)
 
-        mask broadcasts to (B, H, T, all target positions so far), memory_mask to (B, H, T, S): it hides source padding.
-
-        memory_keys and memory_values (B, H, S, K) are `cross_attention.keys_values(memory)`: they depend on the source
-        alone, so they are computed once for a whole translation and handed in. With a cache, x holds only the new tokens.
+        Returns the cross-attention weights. With the caches, x and memory hold only what is new.
         """
-        normed = self.norm1(x)                                                           # (B, T, D)
-        keys, values = self.self_attention.keys_values(normed)                           # 2 x (B, H, T, K)
-        if cache is not None:
-            keys, values = cache.append(keys, values)                                    # 2 x (B, H, all so far, K)
-        attended, _ = self.self_attention(normed, keys, values, mask)
-        x = x + self.dropout(attended)                                                   # (B, T, D)
-        # --- NEW HERE: cross-attention ---
-        # Queries from the target, keys and values from the source: the same class, other company. The norm is for the
-        # queries only; the memory was normed when it left the encoder.
-        # subtle: no causal mask. The source is known from the start; only the target has a future.
-        attended, weights = self.cross_attention(self.norm_cross(x), memory_keys, memory_values, memory_mask,
-                                                 need_weights)
-        x = x + self.dropout(attended)                                                   # (B, T, D)
+        normed = self.norm1(x)
+        attended, weights = self.self_attention(normed, normed, mask, cache)
+        x = x + self.dropout(attended)  # subtle: add to x, not to `normed`
+        # --- NEW in encoder_decoder.py: cross-attention ---
+        # Queries come from the target, keys and values from the source. The norm is for the queries
+        # only, because the encoder has normalized the memory. subtle: no causal mask here. The
+        # whole source is known from the start.
+        attended, weights = self.cross_attention(self.norm_cross(x), memory, memory_mask,
+                                                 memory_cache)
+        x = x + self.dropout(attended)
         # --- end of what is new ---
-        x = x + self.dropout(self.feed_forward(self.norm2(x)))                           # (B, T, D)
+        x = x + self.dropout(self.feed_forward(self.norm2(x)))
         return x, weights
 
 
 # -------------------------------------------------------------------------------------
 # 2. Choosing a token
 # -------------------------------------------------------------------------------------
+# KNOWN from decoder_only.py. Continue reading at `Hypothesis`.
 def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
-    """(B, V) logits -> (B, V) logits in which everything that must not be drawn is -inf.
+    """Return logits (B, V) in which every token that must not be sampled is -inf.
 
-    temperature  divides the logits: below 1 sharpens the distribution, above 1 flattens it
+    temperature  divides the logits: below 1 it sharpens the distribution, above 1 it flattens it
     top_k        keeps the k most likely tokens (Fan et al. 2018, section 5)
-    top_p        keeps the smallest set of most likely tokens whose probability reaches p (Holtzman et al. 2020, "nucleus",
-                 section 3.1). The set grows where the model is unsure and shrinks where it is sure; top_k cannot
+    top_p        keeps the smallest set of most likely tokens whose probabilities sum to at least p
+                 (Holtzman et al. 2020, section 3.1): a large set where the model is uncertain, a
+                 small one where it is certain
 
-    Worked example, probabilities 0.5 0.3 0.15 0.05:  top_k=2 keeps 0.5 0.3;  top_p=0.7 keeps 0.5 0.3 (0.5 alone falls
-    short, 0.8 reaches it: the token that crosses p stays);  top_p=0.5 keeps 0.5.
+    Probabilities 0.5 0.3 0.15 0.05:  top_k=2 keeps 0.5 0.3;  top_p=0.7 keeps 0.5 0.3, because the
+    token that crosses p stays;  top_p=0.5 keeps 0.5.
     """
-    # Softmax ignores a shift, so put the largest at 0: then a tiny temperature gives -inf, never inf - inf = NaN.
-    logits = (logits - logits.max(-1, keepdim=True).values) / temperature                # (B, V)
+    check_arguments(temperature=temperature, top_k=top_k, top_p=top_p)
+    # The softmax ignores a shift. With the largest logit at 0, dividing cannot give inf - inf.
+    logits = (logits - logits.max(-1, keepdim=True).values) / temperature
     if top_k is not None:
-        # By index and not by `logits < kth largest`: that keeps more than k tokens where two are level.
-        best = logits.topk(min(top_k, logits.size(-1))).indices                          # (B, k)
-        keep = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, best, True)        # (B, V)
-        logits = logits.masked_fill(~keep, -math.inf)                                    # (B, V)
+        # Select by index: `logits < k-th largest` would keep more than k tokens if some are tied.
+        best = logits.topk(min(top_k, logits.size(-1))).indices  # (B, k)
+        keep = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, best, True)  # (B, V)
+        logits = logits.masked_fill(~keep, -math.inf)
     if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(-1, descending=True)                                # 2 x (B, V)
-        probabilities = torch.softmax(ordered, -1)                                       # (B, V)
-        # A token stays if those *before* it have not reached p. The first always does: nothing is before it.
-        before = probabilities.cumsum(-1) - probabilities                                # (B, V)
-        keep = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before < top_p)  # (B, V)
-        logits = logits.masked_fill(~keep, -math.inf)                                    # (B, V)
+        ordered, order = logits.sort(-1, descending=True)  # (B, V) each
+        probabilities = torch.softmax(ordered, -1)
+        # subtle: a token stays if the tokens *before* it have not reached p. So the most likely
+        # token always stays.
+        before = probabilities.cumsum(-1) - probabilities
+        keep = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before < top_p)
+        logits = logits.masked_fill(~keep, -math.inf)
     return logits
 
 
-def choose_next_token(logits, written, temperature=0.0, top_k=None, top_p=None, repetition_penalty=1.0, generator=None):
-    """(B, V) logits of the next token and (B, n) ids written so far -> (B,) the next ids.
+def choose_next_token(logits, written, temperature=0.0, top_k=None, top_p=None,
+                      repetition_penalty=1.0, generator=None):
+    """Logits of the next token (B, V) and the ids generated so far (B, n) -> the next ids (B,)
 
-    temperature 0 takes the most likely token (greedy). It is a separate case: logits / 0 is no distribution.
-    repetition_penalty above 1 makes what was already written less likely (Keskar et al. 2019, CTRL, section 4.1).
+    temperature 0 is greedy: it takes the most likely token. A repetition_penalty above 1 makes
+    tokens that were already generated less likely (Keskar et al. 2019, CTRL, section 4.1).
     """
     if repetition_penalty != 1.0 and written.size(1) > 0:
-        scores = logits.gather(1, written)                                               # (B, n)
-        # Divide what is positive, multiply what is negative: both make it smaller. The paper always divides; that would
-        # raise a negative logit, and reward repetition.
-        scores = torch.where(scores > 0, scores / repetition_penalty, scores * repetition_penalty)  # (B, n)
-        logits = logits.scatter(1, written, scores)                                      # (B, V)
+        scores = logits.gather(1, written)  # (B, n)
+        # subtle: divide positive logits and multiply negative ones, so that both become smaller.
+        # The paper always divides, which would raise a negative logit and reward repetition.
+        scores = torch.where(scores > 0, scores / repetition_penalty, scores * repetition_penalty)
+        logits = logits.scatter(1, written, scores)  # (B, V)
     if temperature == 0:
-        return logits.argmax(-1)                                                         # (B,)
+        return logits.argmax(-1)  # (B,)
     probabilities = torch.softmax(filter_logits(logits, temperature, top_k, top_p), -1)  # (B, V)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)           # (B,)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)  # (B,)
 
 
-def check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty):
-    """Raises InputError for settings that cannot work. A top_k larger than the vocabulary can: it means all of it."""
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} writes nothing: use 1 or more")
-    if not (temperature == 0 or 1e-6 <= temperature < math.inf):  # below that it is greedy in all but name
-        raise InputError(f"temperature={temperature} cannot work: use 0 for greedy, or a value such as 0.7")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k={top_k} keeps no token: use 1 or more, or None to keep all")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top_p={top_p} is no probability to reach: use more than 0 and at most 1, or None")
-    if temperature == 0 and (top_k is not None or top_p is not None):
-        raise InputError("top_k and top_p change nothing at temperature=0, which is greedy: use a temperature such as 1.0")
-    if not 0.01 <= repetition_penalty <= 100:
-        raise InputError(f"repetition_penalty={repetition_penalty} cannot work: use 1 for none, or a value such as 1.2")
+def cut_after(ids, stop_at):
+    """Return the list `ids` up to the first `stop_at`, inclusive, or all of it."""
+    return ids[:ids.index(stop_at) + 1] if stop_at in ids else ids
 
 
 # -------------------------------------------------------------------------------------
 # 3. The model
 # -------------------------------------------------------------------------------------
 class Hypothesis(NamedTuple):
-    """One answer of beam search: tokens without <SOS>, with <EOS> if it wrote one; score and log-probability (nats)."""
+    """An answer of beam search. `tokens` are ids without <SOS>, with <EOS> if it was predicted."""
     score: float
-    log_probability: float
+    log_probability: float  # in nats
     tokens: list
 
 
-class EncoderDecoderTransformer(nn.Module):
-    """Two stacks with one vocabulary, and at every target position a guess at the next token.
+def best_candidates(sums, log_p, count):
+    """Extend each hypothesis by each token and return the best `count` candidates of each source.
 
-    Departs from Raffel et al. 2020 (T5): sinusoidal positions added once, for learned relative ones inside attention; a
-    layer norm with mean and bias, and linear layers with bias, for none of these; scores divided by sqrt(K), which T5
-    leaves to its initial weights; GELU for ReLU; <SOS> to start with for <PAD>; no <EOS> on the source. From Vaswani et
-    al. 2017: pre-norm, with a last norm on each stack.
+    sums (B, W) of log-probabilities, log_p (B*W, V) of the next token. Returns (B, count) each: the
+    new sums, best first; the parent hypothesis, 0 to W - 1; and the new token.
+    """
+    batch, width = sums.shape
+    totals = (sums[:, :, None] + log_p.view(batch, width, -1)).flatten(1)  # (B, W*V)
+    totals, index = totals.topk(count)
+    # In the example before `beam_search`, `b a` has index 3: parent 3 // 3 = 1, token 3 % 3 = 0.
+    return totals, index // log_p.size(-1), index % log_p.size(-1)
+
+
+class EncoderDecoderTransformer(nn.Module):
+    """An encoder and a decoder, with a prediction of the next token at every target position.
+
+    Differs from Raffel et al. 2020 (T5): sinusoidal positions, added once, instead of learned
+    relative ones in every attention; layer norms and linear layers with bias; scores divided by
+    sqrt(K), which T5 builds into its initial weights instead; embeddings scaled at the input, not
+    at the output; GELU instead of ReLU; <SOS> instead of <PAD> to start; no <EOS> on the source.
     """
 
-    def __init__(self, vocab_size=len(VOCABULARY), d_model=64, num_heads=4, num_layers=2, d_ff=256, dropout=0.0,
-                 max_len=64):
+    def __init__(self, vocab_size=len(VOCABULARY), d_model=64, num_heads=4, num_layers=2, d_ff=256,
+                 dropout=0.0, max_len=64):
         super().__init__()
         self.arguments = {"vocab_size": vocab_size, "d_model": d_model, "num_heads": num_heads,
-                          "num_layers": num_layers, "d_ff": d_ff, "dropout": dropout, "max_len": max_len}
+                          "num_layers": num_layers, "d_ff": d_ff, "dropout": dropout,
+                          "max_len": max_len}
+        check_model(self.arguments)
         self.vocab_size, self.max_len = vocab_size, max_len
-        self.embedding_scale = math.sqrt(d_model)
-        # One table for source, target and output: digits and words share the vocabulary (Vaswani et al. 2017, 3.4).
+        # One table for source, target, and output (Vaswani et al. 2017, section 3.4).
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.positional_encoding = PositionalEncoding(d_model, max_len)
         self.dropout = nn.Dropout(dropout)
-        self.encoder_layers = nn.ModuleList(EncoderLayer(d_model, num_heads, d_ff, dropout) for _ in range(num_layers))
+        self.encoder_layers = nn.ModuleList(EncoderLayer(d_model, num_heads, d_ff, dropout)
+                                            for _ in range(num_layers))
         self.encoder_norm = nn.LayerNorm(d_model)
-        self.decoder_layers = nn.ModuleList(DecoderLayer(d_model, num_heads, d_ff, dropout) for _ in range(num_layers))
-        # A pre-norm stack adds and adds and never norms its sum; without this last norm the logits grow with depth.
+        self.decoder_layers = nn.ModuleList(DecoderLayer(d_model, num_heads, d_ff, dropout)
+                                            for _ in range(num_layers))
         self.final_norm = nn.LayerNorm(d_model)
         self.output = nn.Linear(d_model, vocab_size, bias=False)
+        # Tied weights, small for the output and scaled for the input, as in encoder_only.py.
+        # (Without the factor sqrt(D), 6 epochs end at 0.0 to 0.2% exact match, SEED 0-2.)
         self.output.weight = self.embedding.weight
-        # Small, so that the first guesses are near uniform and the first loss near ln V = 3.26.
         nn.init.normal_(self.embedding.weight, std=0.02)
+        self.embedding_scale = math.sqrt(d_model)
+
+    def positions_of(self, tokens):
+        """tokens (B, T) -> positions (1, T). All rows start in the first column."""
+        return torch.arange(tokens.size(1), device=tokens.device)[None]
 
     def embed(self, tokens, positions=None):
-        """tokens (B, T) -> (B, T, D), positions added."""
-        # sqrt(D) as in Vaswani et al. 2017, section 3.4. Embeddings start at a size of 0.02, positions have 0.7: unscaled,
-        # a token drowns in where it stands. Try removing the factor: 6 epochs then end at 0.2 % exact match.
-        return self.dropout(self.positional_encoding(self.embedding(tokens) * self.embedding_scale, positions))
+        """tokens (B, T) -> (B, T, D). positions None: those of `positions_of`."""
+        if positions is None:
+            positions = self.positions_of(tokens)
+        x = self.embedding(tokens) * self.embedding_scale  # (B, T, D)
+        return self.dropout(self.positional_encoding(x, positions))
 
-    def encode(self, source, source_mask=None):
-        """source (B, S) -> memory (B, S, D): what the decoder will look at. source_mask None hides just <PAD>.
+    def encode(self, tokens, mask=None):
+        """tokens (B, S) -> memory (B, S, D) and a list of each layer's weights (B, H, S, S)
 
-        Raises InputError for ids outside the vocabulary, rows too long, and rows of nothing but padding.
+        mask (B, 1, 1, S), or None to mask <PAD>
         """
-        check_tokens(source, self.vocab_size, self.max_len)
-        if source_mask is None:
-            source_mask = padding_mask(source)                                           # (B, 1, 1, S)
-        x = self.embed(source)                                                           # (B, S, D)
-        for layer in self.encoder_layers:
-            x, _ = layer(x, source_mask)                                                 # (B, S, D)
-        return self.encoder_norm(x)                                                      # (B, S, D)
-
-    def memory_keys_values(self, memory):
-        """memory (B, S, D) -> for each decoder layer, the keys and values (B, H, S, K) of its cross-attention.
-
-        Every layer reads the encoder's *last* output. Layer 1 does not read encoder layer 1; many drawings get it wrong.
-        """
-        return [layer.cross_attention.keys_values(memory) for layer in self.decoder_layers]
-
-    def decode(self, decoder_input, memory_kv, source_mask, decoder_mask=None, caches=None, need_weights=False):
-        """decoder_input (B, T) -> (B, T, D), and a list with each layer's cross-attention weights (B, H, T, S) or None.
-
-        memory_kv     from `memory_keys_values`
-        source_mask   (B, 1, 1, S): masks the source in training and in writing alike. Forget it in one of the two, and
-                      the model meets in use what it never saw in training: padding
-        decoder_mask  (B, 1, 1, T) or None
-        caches        one KeyValueCache a layer; decoder_input then holds only the tokens that are not in it yet
-        """
-        past = caches[0].length if caches else 0
-        new = decoder_input.size(1)
-        # A single token may see all that came before: with nothing to hide, no mask, and the kernel is faster.
-        mask = causal_mask(new, past + new, decoder_input.device) if new > 1 else None   # (1, 1, T, past+T)
-        if decoder_mask is not None:
-            mask = decoder_mask if mask is None else mask & decoder_mask                 # (B, 1, T, past+T)
-        # subtle: the first new token stands at position `past`, not at 0. With the cache and positions that start over,
-        # every token would believe it is the first.
-        x = self.embed(decoder_input, torch.arange(past, past + new, device=decoder_input.device))  # (B, T, D)
+        if mask is None:
+            mask = padding_mask(tokens)  # (B, 1, 1, S)
+        x = self.embed(tokens)  # (B, S, D)
         all_weights = []
-        for number, layer in enumerate(self.decoder_layers):
-            x, weights = layer(x, *memory_kv[number], mask, source_mask, caches[number] if caches else None,
-                               need_weights)                                             # (B, T, D), (B, H, T, S)
+        for layer in self.encoder_layers:
+            x, weights = layer(x, mask)
             all_weights.append(weights)
-        return self.final_norm(x), all_weights if need_weights else None
+        return self.encoder_norm(x), all_weights
 
-    def forward(self, source, decoder_input, source_mask=None, decoder_mask=None):
-        """source (B, S), decoder_input (B, T) -> logits (B, T, V); those at position t are a guess at token t + 1.
+    def decode(self, tokens, memory, memory_mask, positions=None, caches=None):
+        """tokens (B, T), memory (B, S, D) -> (B, T, D) and a list of each layer's cross-attention
+        weights (B, H, T, S)
 
-        Teacher forcing: decoder_input is the right answer moved by one, whatever the model would have written itself.
-        All positions train in one pass. The price is "exposure bias" (Ranzato et al. 2016): the model never practises on
-        its own mistakes, so what it writes after a first wrong word is less sure than teacher forcing makes it look. (Not
-        on this task, where each word depends on its digit alone.) Accuracy flatters in another way as well: it counts
-        tokens, and one wrong token in six spoils the row. So the figure to trust is exact match, written freely.
+        memory_mask  (B, 1, 1, S); masks the source's padding in training and in generation alike
+        positions    (1, T); None for those of `positions_of`, after what is in the caches
+        caches       from `new_caches`; `tokens` are then only the new ones
         """
-        memory = self.encode(source, source_mask)                                        # (B, S, D)
+        past = caches[0][0].length if caches else 0
+        new = tokens.size(1)
+        mask = None  # a single new token may attend to everything so far
+        if new > 1:
+            mask = causal_mask(new, past + new, tokens.device)  # (1, 1, T, past + T)
+        if positions is None:
+            positions = past + self.positions_of(tokens)
+        if past > 0:
+            # subtle: the first step has filled the caches of cross-attention, and the source does
+            # not grow. There is nothing to append, so pass a memory of length 0.
+            memory = memory[:, :0]  # (B, 0, D)
+        x = self.embed(tokens, positions)  # (B, T, D)
+        all_weights = []
+        for i, layer in enumerate(self.decoder_layers):
+            cache, memory_cache = caches[i] if caches else (None, None)
+            # Every layer attends to the encoder's *last* output.
+            x, weights = layer(x, mask, cache, memory, memory_mask, memory_cache)
+            all_weights.append(weights)
+        return self.final_norm(x), all_weights
+
+    def forward(self, source, decoder_input, source_mask=None):
+        """source (B, S), decoder_input (B, T) -> logits (B, T, V); those at t predict token t + 1
+
+        The source's padding is masked. The target's needs no mask: it comes after every real token,
+        so the causal mask hides it already.
+
+        Teacher forcing: decoder_input is the ground-truth prefix, whatever the model would have
+        predicted, so one pass trains all positions. The price is that the model never trains on its
+        own mistakes ("exposure bias", Ranzato et al. 2016).
+        """
         if source_mask is None:
-            source_mask = padding_mask(source)                                           # (B, 1, 1, S)
-        check_tokens(decoder_input, self.vocab_size, self.max_len)
-        hidden, _ = self.decode(decoder_input, self.memory_keys_values(memory), source_mask, decoder_mask)
-        return self.output(hidden)                                                       # (B, T, V)
+            source_mask = padding_mask(source)  # (B, 1, 1, S)
+        memory, _ = self.encode(source, source_mask)
+        return self.output(self.decode(decoder_input, memory, source_mask)[0])  # (B, T, V)
 
-    def start_writing(self, sources, max_new_tokens):
-        """Lists of ids -> what `generate` and `beam_search` start from: memory_kv and source_mask (B, 1, 1, S).
+    def read(self, sources):
+        """Encode lists of ids. Returns memory (B, S, D) and memory_mask (B, 1, 1, S)."""
+        source = pad_rows(sources, PAD).to(self.embedding.weight.device)  # (B, S)
+        mask = padding_mask(source)
+        return self.encode(source, mask)[0], mask
 
-        Checks first, then puts the model into evaluation mode: a refused call leaves it as it was.
-        """
-        if not sources or not all(sources):
-            raise InputError("there is nothing to read: give at least one source, with at least one token in each")
-        if max_new_tokens > self.max_len:
-            raise InputError(f"max_new_tokens={max_new_tokens} needs as many positions, the model was built for "
-                             f"max_len={self.max_len}: write less, or build it larger")
-        source = pad_rows(sources, PAD)                                                  # (B, S)
-        check_tokens(source, self.vocab_size, self.max_len)
-        self.eval()
-        source = source.to(self.embedding.weight.device)
-        source_mask = padding_mask(source)                                               # (B, 1, 1, S)
-        # Once for the whole translation: the source does not change while the target grows.
-        return self.memory_keys_values(self.encode(source, source_mask)), source_mask
+    def new_caches(self, batch_size, max_new_tokens, source_length):
+        """Return a pair of empty caches per decoder layer, for self- and for cross-attention."""
+        return [(layer.self_attention.new_cache(batch_size, max_new_tokens),
+                 layer.cross_attention.new_cache(batch_size, source_length))
+                for layer in self.decoder_layers]
 
     @torch.inference_mode()
-    def generate(self, sources, max_new_tokens, temperature=0.0, top_k=None, top_p=None, repetition_penalty=1.0,
-                 use_cache=True, stop_at=EOS, generator=None):
-        """Read each of `sources`, lists of ids that may differ in length; write at most `max_new_tokens` for each.
+    def generate(self, sources, max_new_tokens, temperature=0.0, top_k=None, top_p=None,
+                 repetition_penalty=1.0, use_cache=True, stop_at=EOS, generator=None):
+        """Write at most `max_new_tokens` for each source (a list of ids). Returns lists of ids.
 
-        The choice of each token is `choose_next_token`'s; temperature 0, the default, is greedy. Returns lists of ids
-        without <SOS>, with <EOS> where a row wrote it; stop_at=None never stops early. The cache changes nothing but the
-        time, and greedy rows do not depend on each other. (Sampled ones share the generator's dice.)
-
-        Sources are padded on the right, and masked; all targets start with <SOS> in the same column, so nothing needs
-        padding on the left, as it does in decoder_only.py.
-
-        Raises InputError for an empty batch or source, settings that cannot work, and rows too long for the model.
+        Options as in decoder_only.py. Sources are padded on the right. All targets start with <SOS>
+        in the same column, so no padding on the left is needed.
         """
-        check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
-        was_training = self.training
-        memory_kv, source_mask = self.start_writing(sources, max_new_tokens)
-        device = source_mask.device
-        tokens = torch.full((len(sources), max_new_tokens + 1), PAD, device=device)      # (B, max + 1)
-        tokens[:, 0] = SOS
-        caches = None
-        if use_cache:
-            caches = [KeyValueCache(len(sources), layer.self_attention, max_new_tokens) for layer in self.decoder_layers]
-        finished = torch.zeros(len(sources), dtype=torch.bool, device=device)            # (B,)
-        for end in range(1, max_new_tokens + 1):
-            start = end - 1 if use_cache else 0
-            hidden, _ = self.decode(tokens[:, start:end], memory_kv, source_mask, caches=caches)  # (B, end-start, D)
-            # Only the last position says something new; the guesses before it are for tokens that stand already.
-            chosen = choose_next_token(self.output(hidden[:, -1]), tokens[:, 1:end], temperature, top_k, top_p,
-                                       repetition_penalty, generator)                    # (B,)
-            # A row that has stopped writes on while it waits for the others; what follows its <EOS> is cut off below.
-            tokens[:, end] = chosen
-            if stop_at is not None:
-                finished |= chosen == stop_at                                            # (B,)
-                if finished.all():
-                    break
-        self.train(was_training)
-        written = []
-        for row in tokens[:, 1:end + 1].tolist():
-            written.append(row[:row.index(stop_at) + 1] if stop_at in row else row)
-        return written
+        check_arguments(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+                        top_p=top_p, repetition_penalty=repetition_penalty)
+        check_rows(sources, self.vocab_size, self.max_len)
+        check_rows([[SOS]], self.vocab_size, self.max_len, max_new_tokens - 1)
+        device = self.embedding.weight.device
+        tokens = torch.full((len(sources), max_new_tokens + 1), PAD, device=device)
+        tokens[:, 0] = SOS  # (B, max + 1)
+        positions = self.positions_of(tokens)  # (1, max + 1)
+        finished = torch.zeros(len(sources), dtype=torch.bool, device=device)  # (B,)
 
-    # --- NEW HERE: beam search -------------------------------------------------------
+        with evaluation_mode(self):
+            memory, memory_mask = self.read(sources)
+            caches = None
+            if use_cache:
+                caches = self.new_caches(len(sources), max_new_tokens, memory.size(1))
+            for end in range(1, max_new_tokens + 1):
+                start = end - 1 if use_cache else 0
+                hidden, _ = self.decode(tokens[:, start:end], memory, memory_mask,
+                                        positions[:, start:end], caches)  # (B, end - start, D)
+                logits = self.output(hidden[:, -1])  # (B, V); only the last position is new
+                tokens[:, end] = choose_next_token(logits, tokens[:, 1:end], temperature,
+                                                   top_k, top_p, repetition_penalty, generator)
+                if stop_at is not None:
+                    finished |= tokens[:, end] == stop_at
+                    if finished.all():
+                        break
+        # A finished row keeps generating while it waits for the others. Cut that off.
+        return [cut_after(row, stop_at) for row in tokens[:, 1:end + 1].tolist()]
+
+    # BEAM SEARCH. Greedy generation takes the most likely *next* token and cannot take it back.
+    # Beam search keeps the W best unfinished hypotheses, so it can find an answer whose first token
+    # was not the most likely one. An example with W = 2 and three tokens, a, b, and <EOS>. The
+    # numbers are sums of log-probabilities:
+    #
+    #     step 1    a -0.5     b -1.2     <EOS> -2.4
+    #     step 2    from a:    a a -1.6   a b -1.7   a <EOS> -1.5
+    #               from b:    b a -1.3   b b -4.1   b <EOS> -4.4
+    #     step 3    from b a:  b a <EOS> -1.4, ...
+    #
+    # Step 1 keeps a and b. In step 2, all 2 * 3 candidates compete in one list. The best 2W = 4 are
+    # b a, a <EOS>, a a, a b. Of these, a <EOS> is finished, and the best W = 2 of the others stay:
+    # b a and a a. Step 3 finishes b a <EOS>, which wins with -1.4. Greedy would have followed a and
+    # ended with a <EOS> at -1.5.
+    #
+    # Finished hypotheses are compared by score = log-probability / length ** length_penalty. The
+    # length counts <EOS> but not <SOS>. With penalty 0, short answers have an advantage, because
+    # each further token lowers the sum. With penalty 1, the mean per token decides. (Wu et al.
+    # 2016, section 7, divide by ((5 + length) / 6) ** penalty.)
+    #
+    # Why the best 2W? At most W of them end, one per hypothesis, so at least W stay unfinished.
+    # With W = 1, only the best candidate counts, and a row ends with its first <EOS>: the search is
+    # greedy. If the beam can hold every hypothesis, the search is exhaustive.
     @torch.inference_mode()
     def beam_search(self, sources, beam_width=4, length_penalty=1.0, max_new_tokens=32, trace=None):
-        """For each of `sources` (lists of ids) a list of at most `beam_width` Hypothesis, best first.
+        """For each source (a list of ids), return at most `beam_width` Hypothesis, best first.
 
-        Greedy takes the best *next* token and cannot take it back. Beam search follows the `beam_width` best beginnings
-        side by side, and so finds answers whose first token was not the likeliest.
-
-            score = log-probability / length ** length_penalty
-
-        length counts the tokens written, <EOS> included, <SOS> not: those that the log-probability is a sum over. With
-        penalty 0 short answers win, since every further token can only lower the sum; 1 compares means per token.
-        (Wu et al. 2016, section 7, divide by ((5 + length) / 6) ** penalty: gentler on short answers.)
-
-        Two steps with width 2 and three tokens, a, b and <EOS>; sums of log-probabilities:
-
-            step 1    a -0.5   b -1.2   <EOS> -2.3                              keep a and b
-            step 2    a a -2.1   a b -1.0   a <EOS> -2.1      (from a)          one list of 2 * 3, best first:
-                      b a -1.6   b b -3.5   b <EOS> -2.8      (from b)          keep a b and b a
-
-        In the order written above `b a` is number 3, counted from 0: beam 3 // 3 = 1, which is b; token 3 % 3 = 0, which
-        is a. Greedy would have dropped b for good in step 1.
-
-        A hypothesis that writes <EOS> is set aside, and one fewer lives on; the next step fills the beam again, as far as
-        there are continuations. With width 1 none lives on, which makes it exactly greedy; with a beam as wide as the
-        tree nothing is ever dropped, which makes it exhaustive search. (Hugging Face looks at the best 2W of the list
-        and so keeps W alive at once.) What is alive when `max_new_tokens` is reached is scored as it stands.
-
-        A row is done when no live beam can still win. A sum never rises again, so the best a live beam can hope for is
-        to keep its sum and divide it by the greatest length. With penalty 0, `a b <EOS>` at -1.1 ends the example above:
-        `b a`, at -1.6 already, cannot overtake it. So stopping never loses the best answer that this width would find;
-        the answers behind it are only the best of those that had finished by then.
-
-        trace: a list that receives, step by step, what happened to the first source. For the demonstration.
-
-        Raises InputError for an empty batch or source, a width below 1, a penalty outside 0 to 10, and rows too long.
+        Only the first is certain to be the best that the search could find, because it stops as
+        soon as that is certain. A hypothesis that is unfinished after `max_new_tokens` counts as
+        finished at that length.
+        trace: a list that receives each step of the first source's search: what ended and what
+        stayed, as (tokens, new token, sum, ended?).
         """
-        check_sampling(max_new_tokens, 0.0, None, None, 1.0)
-        if beam_width < 1:
-            raise InputError(f"beam_width={beam_width} follows nothing: use 1 (greedy) or more")
-        if not 0 <= length_penalty <= 10:
-            raise InputError(f"length_penalty={length_penalty} cannot work: use 0 (none) to 10, such as 0.6 or 1")
-        was_training = self.training
-        batch, width = len(sources), beam_width
-        memory_kv, source_mask = self.start_writing(sources, max_new_tokens)
-        device = source_mask.device
-        # The beams of a source are neighbouring rows: source b has rows b*W to b*W + W-1. All read the same memory.
-        memory_kv = [(keys.repeat_interleave(width, 0), values.repeat_interleave(width, 0))
-                     for keys, values in memory_kv]                                      # 2 x (B*W, H, S, K) a layer
-        source_mask = source_mask.repeat_interleave(width, 0)                            # (B*W, 1, 1, S)
-        caches = [KeyValueCache(batch * width, layer.self_attention, max_new_tokens) for layer in self.decoder_layers]
-        tokens = torch.full((batch * width, max_new_tokens + 1), PAD, device=device)     # (B*W, max + 1)
-        tokens[:, 0] = SOS
-        # `live` holds the sum of each live beam; -inf says that its place is empty. All beams start as the same <SOS>, so
-        # only the first counts: or the best W continuations would be W times the same one.
-        live = torch.full((batch, width), -math.inf, device=device)                      # (B, W)
-        live[:, 0] = 0.0
-        first_row = torch.arange(0, batch * width, width, device=device)[:, None]        # (B, 1)
-        finished = [[] for _ in range(batch)]
+        check_arguments(beam_width=beam_width, length_penalty=length_penalty,
+                        max_new_tokens=max_new_tokens)
+        check_rows(sources, self.vocab_size, self.max_len)
+        check_rows([[SOS]], self.vocab_size, self.max_len, max_new_tokens - 1)
+        batch, width, device = len(sources), beam_width, self.embedding.weight.device
+        length_penalty = float(length_penalty)  # length ** 10 as an integer may be too large
+        # The W hypotheses of source b are rows b*W to b*W + W - 1.
+        first_row = torch.arange(0, batch * width, width, device=device)[:, None]  # (B, 1)
+        tokens = torch.full((batch * width, max_new_tokens + 1), PAD, device=device)
+        tokens[:, 0] = SOS  # (B*W, max + 1)
+        positions = self.positions_of(tokens)  # (1, max + 1)
+        # All hypotheses start as the same <SOS>, so only the first of each source counts.
+        sums = torch.full((batch, width), -math.inf, device=device)  # (B, W)
+        sums[:, 0] = 0.0
+        best_score = torch.full((batch, 1), -math.inf, device=device)
+        finished = [[] for _ in sources]
 
-        for length in range(1, max_new_tokens + 1):
-            hidden, _ = self.decode(tokens[:, length - 1:length], memory_kv, source_mask, caches=caches)  # (B*W, 1, D)
-            log_probabilities = torch.log_softmax(self.output(hidden[:, -1]), -1).view(batch, width, -1)  # (B, W, V)
-            # All continuations of all beams compete in one list.
-            totals = (live[:, :, None] + log_probabilities).flatten(1)                   # (B, W*V)
-            kept, index = totals.topk(width)                                             # 2 x (B, W), best first
-            parent = index // self.vocab_size                                            # (B, W)
-            chosen = index % self.vocab_size                                             # (B, W)
-            # Each new beam takes over its parent's tokens, and its keys and values: that copy is the price of beams.
-            # memory_kv needs none, for parent and child read the same source.
-            rows = (first_row + parent).flatten()                                        # (B*W,)
-            tokens = tokens[rows]                                                        # (B*W, max + 1)
-            tokens[:, length] = chosen.flatten()
-            for cache in caches:
-                cache.keys[:, :, :length] = cache.keys[rows, :, :length]
-                cache.values[:, :, :length] = cache.values[rows, :, :length]
-            if trace is not None:  # the first source's beams are the first W rows
-                trace.append([(tokens[place, 1:length].tolist(), chosen[0, place].item(), kept[0, place].item())
-                              for place in range(width) if kept[0, place] > -math.inf])
-            # Set aside what has just ended. At the limit, everything ends.
-            ends = (chosen == EOS) if length < max_new_tokens else torch.ones_like(chosen, dtype=torch.bool)
-            ends = ends & (kept > -math.inf)                                             # (B, W)
-            for b, place in ends.nonzero().tolist():
-                total = kept[b, place].item()
-                finished[b].append(Hypothesis(total / length ** length_penalty, total,
-                                              tokens[b * width + place, 1:length + 1].tolist()))
-            live = kept.masked_fill(ends, -math.inf)                                     # (B, W)
-            # Who can still win? A row without an answer has -inf to beat, which every live beam does.
-            to_beat = torch.tensor([[max((h.score for h in done), default=-math.inf)] for done in finished],
-                                   device=device)                                        # (B, 1)
-            hope = live / max_new_tokens ** length_penalty                               # (B, W)
-            live = live.masked_fill((hope <= to_beat).all(1, keepdim=True), -math.inf)   # (B, W)
-            if (live == -math.inf).all():
-                break
-        self.train(was_training)
-        return [sorted(done, key=lambda hypothesis: hypothesis.score, reverse=True)[:width] for done in finished]
-    # --- end of what is new ----------------------------------------------------------
+        with evaluation_mode(self):
+            memory, memory_mask = self.read(sources)
+            memory = memory.repeat_interleave(width, 0)  # (B*W, S, D)
+            memory_mask = memory_mask.repeat_interleave(width, 0)  # (B*W, 1, 1, S)
+            caches = self.new_caches(batch * width, max_new_tokens, memory.size(1))
+            for length in range(1, max_new_tokens + 1):
+                # 1. Take the best 2W candidates: b a, a <EOS>, a a, a b.
+                hidden, _ = self.decode(tokens[:, length - 1:length], memory, memory_mask,
+                                        positions[:, length - 1:length], caches)  # (B*W, 1, D)
+                logits = self.output(hidden[:, -1])  # (B*W, V)
+                log_p = torch.log_softmax(logits, -1)
+                if width > 1:
+                    sums, parent, token = best_candidates(sums, log_p, 2 * width)  # (B, 2W) each
+                else:  # the same token as greedy generation, even if rounding makes sums equal
+                    token, parent = logits.argmax(-1, keepdim=True), torch.zeros_like(first_row)
+                    sums = sums + log_p.gather(1, token)
+
+                # 2. Move those that end to the finished list: a <EOS>, with score -1.5 / 2.
+                ends = (token == EOS) | (length == max_new_tokens)  # (B, 2W)
+                scores = (sums / length ** length_penalty).masked_fill(~ends, -math.inf)
+                best_score = torch.maximum(best_score, scores.amax(1, keepdim=True))  # (B, 1)
+                for b, c in (scores > -math.inf).nonzero().tolist():
+                    ids = tokens[b * width + parent[b, c], 1:length].tolist() + [token[b, c].item()]
+                    finished[b].append(Hypothesis(scores[b, c].item(), sums[b, c].item(), ids))
+
+                # 3. Keep the best W of the others, with their parents' tokens and caches: b a, a a.
+                #    The caches of cross-attention stay, because parent and child share a source.
+                kept_sums, kept = sums.masked_fill(ends, -math.inf).topk(width)  # (B, W)
+                if trace is not None:
+                    trace.append([(tokens[parent[0, c], 1:length].tolist(), token[0, c].item(),
+                                   sums[0, c].item(), ends[0, c].item())
+                                  for c in range(sums.size(1)) if sums[0, c] > -math.inf
+                                  and (ends[0, c] or c in kept[0].tolist())])
+                rows = (first_row + parent.gather(1, kept)).flatten()  # (B*W,)
+                tokens = tokens[rows]
+                tokens[:, length] = token.gather(1, kept).flatten()
+                for self_cache, _ in caches:
+                    self_cache.reorder(rows)
+
+                # 4. Stop if no unfinished hypothesis can win. Its sum (negative) never rises again,
+                #    so its score will be at most sum / max_new_tokens ** length_penalty.
+                possible = kept_sums / max_new_tokens ** length_penalty  # (B, W)
+                done = (possible <= best_score).all(1, keepdim=True)  # (B, 1)
+                sums = kept_sums.masked_fill(done, -math.inf)
+                if done.all():
+                    break
+        return [sorted(answers, key=lambda answer: answer.score, reverse=True)[:width]
+                for answers in finished]
 
     def save(self, path):
-        """Write arguments and weights to `path`, all or nothing. Raises OSError."""
+        """Write arguments and weights to `path`. Raises OSError."""
         save_checkpoint(path, self)
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """The model that was saved at `path`. Raises InputError if there is none that fits."""
+        """Return the model that was saved at `path`. Raises InputError if there is none."""
         return load_checkpoint(path, cls, device)
 
 
-def translate(model, sequences, beam_width=None, length_penalty=1.0, **options):
-    """Lists of digits -> lists of words. Beam search if a beam_width is given, else `generate` with its options.
+def translate(model, sequences, beam_width=None, **options):
+    """Lists of digits -> lists of words. options: those of `generate`, or with a beam_width, those
+    of `beam_search`.
 
-    The limit leaves room for <EOS> and one token more than the longest answer: a row that does not stop where it should
-    has written too much by then, and counts as wrong.
+    The limit has room for the longest answer, <EOS>, and one extra token. A row that does not stop
+    in time is then too long, and counts as wrong.
     """
-    if not sequences or not all(sequences):
-        raise InputError("there is nothing to translate: give at least one sequence, with at least one digit in each")
+    check_sequences(sequences)
     sources = [VOCABULARY.encode(digits) for digits in sequences]
-    longest = max(map(len, sequences)) + 2
+    limit = max(map(len, sequences)) + 2
     if beam_width is None:
-        written = model.generate(sources, longest, **options)
+        written = model.generate(sources, limit, **options)
     else:
-        written = [found[0].tokens for found in model.beam_search(sources, beam_width, length_penalty, longest)]
+        answers = model.beam_search(sources, beam_width, max_new_tokens=limit, **options)
+        written = [hypotheses[0].tokens for hypotheses in answers]
     return [VOCABULARY.decode(ids[:-1] if ids[-1] == EOS else ids) for ids in written]
 
 
@@ -699,59 +711,67 @@ def translate(model, sequences, beam_width=None, length_penalty=1.0, **options):
 # 4. Training
 # -------------------------------------------------------------------------------------
 def predict(model, batch):
-    """One batch through the model -> logits (B, T, V) and labels (B, T).
+    """Run the model on one batch. Returns logits (B, T, V) and labels (B, T).
 
-        source           4     0     7                  <PAD> where rows are shorter; hidden by source_mask
-        decoder_input   <SOS>  four  zero   seven       what the decoder sees
-        labels          four   zero  seven  <EOS>       what it should say there; IGNORE_INDEX where rows are shorter
+        source           4     0     7                  short rows end in <PAD>
+        decoder_input   <SOS>  four  zero   seven
+        labels          four   zero  seven  <EOS>       short rows end in IGNORE_INDEX
 
-    The labels were moved by one place when the batch was made (`collate_fn`); they are not moved again here.
+    `collate_fn` has already shifted the labels by one position; do not shift them again here.
     """
-    logits = model(batch["source"], batch["decoder_input"], batch["source_mask"], batch["decoder_mask"])  # (B, T, V)
-    return logits, batch["labels"]
+    return model(batch["source"], batch["decoder_input"], batch["source_mask"]), batch["labels"]
 
 
-def lr_factor(step, total_steps):
-    """What LEARNING_RATE is multiplied with in step 0, 1, ... total_steps - 1: up in a line, then down half a cosine.
+# KNOWN from encoder_only.py. Continue reading at `show_beam_search`.
+def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
+    """Return the factor for the learning rate in `step`: linear warmup, then cosine decay.
 
-    Up: Adam's averages know nothing in the first steps, and full-sized steps on them can wreck fresh weights. Down, to a
-    twentieth: a model near a minimum circles it at a distance that shrinks with the rate (Loshchilov and Hutter 2017).
+    It is 1 / warmup_steps in step 0, 1 in step warmup_steps - 1, and final_factor in the last step
+    and after it. Warmup: in the first steps, Adam's averages rest on few gradients, so its steps
+    should be small (Vaswani et al. 2017, section 5.3). Decay: smaller steps let the model settle
+    closer to a minimum (Loshchilov and Hutter 2017).
     """
-    if step < WARMUP_STEPS:
-        return (step + 1) / WARMUP_STEPS  # never 0: that would waste the first step
-    progress = (step - WARMUP_STEPS) / max(1, total_steps - WARMUP_STEPS)                # 0 ... 1
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps  # never 0, which would waste the first step
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))  # 0 to 1
+    return final_factor + (1 - final_factor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def create_optimizer(model, learning_rate, total_steps):
-    """(AdamW, scheduler) for `total_steps` steps; scheduler.step() belongs after every optimizer.step()."""
-    # fused: one kernel for all parameters instead of several per parameter. On a CPU this optimiser then takes about a
-    # fifth of the time, for the same numbers; not on Apple's MPS, where older PyTorch versions lack it.
+def create_optimizer(model, learning_rate, total_steps, warmup_steps, weight_decay=0.01):
+    """Return (AdamW, scheduler) for `total_steps` steps. Call scheduler.step() after each step."""
+    # fused: one kernel for all parameters. Older versions of PyTorch lack it for Apple's MPS.
     fused = next(model.parameters()).device.type != "mps"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, fused=fused)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, total_steps))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay,
+                                  fused=fused)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step, total_steps, warmup_steps))
+    return optimizer, scheduler
 
 
-def compute_loss(model, batch):
-    """Mean cross-entropy in nats over the positions that count. Guessing among V tokens costs ln V = 3.26."""
-    logits, labels = predict(model, batch)
+def cross_entropy(logits, labels):
+    """Return the mean cross-entropy: -log(probability of the label), in nats, over all labels.
+
+    logits (B, T, V), labels (B, T). A uniform guess among V tokens costs ln V = 3.26 nats.
+    """
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
 
 
-def train_epoch(model, loader, optimizer, scheduler, loss_function=compute_loss):
-    """Every batch of `loader` once. Returns the mean loss of the batches, each from the model as it was at the time: good
-    enough to watch it fall. Raises InputError, with the step, when the loss is no longer a number.
-    """
+def compute_loss(model, batch):
+    """Return the mean cross-entropy of one batch."""
+    return cross_entropy(*predict(model, batch))
+
+
+def train_epoch(model, loader, optimizer, scheduler, clip_norm, loss_function=compute_loss):
+    """Train on each batch of `loader` once. Returns the mean of the losses on the way."""
     model.train()
     device = next(model.parameters()).device
     total = 0.0
-    for batch in tqdm(loader, ascii=True, leave=False, disable=None):  # None: no bar where there is no terminal
+    for batch in tqdm(loader, ascii=True, leave=False, disable=None):  # no bar without a terminal
         loss = loss_function(model, to_device(batch, device))
-        check_loss(loss.item(), scheduler.last_epoch)
-        optimizer.zero_grad()  # gradients add up from call to call; forget this and each step repeats all before it
+        check_finite(loss.item(), scheduler.last_epoch)
+        optimizer.zero_grad()  # backward() adds to the gradients of the step before
         loss.backward()
-        # One odd batch can have a gradient a hundred times as long as the others. Shorten it, keep its direction.
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # limit its length, not direction
         optimizer.step()
         scheduler.step()
         total += loss.item()
@@ -760,116 +780,119 @@ def train_epoch(model, loader, optimizer, scheduler, loss_function=compute_loss)
 
 @torch.no_grad()
 def evaluate(model, loader):
-    """How good is it on `loader`'s sequences? Returns a dict:
+    """Evaluate the model on `loader`. Returns a dict with:
 
-    loss         mean cross-entropy over the positions that count
-    accuracy     share of those positions where the most likely token is right
-    exact_match  share of sequences that `translate` gets right from first to last token. This is the figure to trust: the
-                 model is used as it will be used, and one wrong token spoils the row, a missing stop too
-    examples     (digits, expected words, words written) for each sequence, the mistakes first
+    loss         mean cross-entropy over the labels
+    accuracy     fraction of labels that are the most likely token; for the two decoders, given the
+                 correct tokens before it
+    exact_match  fraction of sequences that `translate` gets correct from the first token to the
+                 last. Trust this number: one wrong token makes the sequence wrong
+    examples     (digits, expected words, written words) of each sequence, mistakes first
     """
     model.eval()
     device = next(model.parameters()).device
-    loss_sum, correct, counted, examples = 0.0, 0, 0, []
+    loss_sum, num_correct, num_labels, examples = 0.0, 0, 0, []
     for batch in loader:
         logits, labels = predict(model, to_device(batch, device))
-        counts = labels != IGNORE_INDEX                                                  # (B, T)
-        # A sum over tokens, divided once at the end. The mean of the batches' means would give the tokens of a short
-        # last batch more weight than all others.
+        counts = labels != IGNORE_INDEX  # (B, T)
+        # subtle: sum over labels and divide once. A mean of the batches' means would give the
+        # labels of a small last batch more weight.
         loss_sum += F.cross_entropy(logits[counts], labels[counts], reduction="sum").item()
-        correct += (logits.argmax(-1) == labels)[counts].sum().item()
-        counted += counts.sum().item()
+        num_correct += (logits.argmax(-1) == labels)[counts].sum().item()
+        num_labels += counts.sum().item()
         examples += zip(batch["digits"], batch["words"], translate(model, batch["digits"]))
     examples.sort(key=lambda example: example[1] == example[2])  # False sorts before True
-    right = sum(expected == written for _, expected, written in examples)
-    return {"loss": loss_sum / counted, "accuracy": correct / counted, "exact_match": right / len(examples),
-            "examples": examples}
+    num_exact = sum(expected == written for _, expected, written in examples)
+    return {"loss": loss_sum / num_labels, "accuracy": num_correct / num_labels,
+            "exact_match": num_exact / len(examples), "examples": examples}
 
 
 # -------------------------------------------------------------------------------------
 # 5. Looking inside
 # -------------------------------------------------------------------------------------
-def show_beam_search(model, digits, expected):
-    """Print one beam search step by step: what each live beam had written, what it adds, and its log-probability."""
+def show_beam_search(model, digits, expected, width, penalty):
+    """Print one beam search step by step: the tokens so far, the new token, and the sum."""
     trace = []
     source, limit = [VOCABULARY.encode(digits)], len(digits) + 2
-    found = model.beam_search(source, BEAM_WIDTH, LENGTH_PENALTY, limit, trace)[0]
-    print(f"  source: {' '.join(digits)}   beam_width={BEAM_WIDTH}   length_penalty={LENGTH_PENALTY}")
-    print("  step   log-probability   written so far, and + what is added")
-    for step, beams in enumerate(trace, 1):
-        for number, (before, token, total) in enumerate(beams):
-            ended = "   (finished, set aside)" if token == EOS else ""
-            print(f"  {step if number == 0 else '':>4}   {total:15.3f}   "
-                  f"{' '.join(VOCABULARY.decode(before) + ['+', VOCABULARY.tokens[token]])}{ended}")
-    print(f"  done after {len(trace)} of at most {limit} steps. Best first: score = log-probability / length ^ penalty")
+    found = model.beam_search(source, width, penalty, limit, trace)[0]
+    print(f"  source: {' '.join(digits)}   width {width}   length penalty {penalty}")
+    print("  step   log-probability   tokens so far + new token")
+    for step, candidates in enumerate(trace, 1):
+        for n, (before, token, total, ended) in enumerate(candidates):
+            text = " ".join(VOCABULARY.decode(before) + ["+", VOCABULARY.tokens[token]])
+            print(f"  {step if n == 0 else '':>4}   {total:15.3f}   {text}"
+                  + ("   (finished)" if ended else ""))
+    print(f"  stopped after {len(trace)} of at most {limit} steps; "
+          "score = log-probability / length ^ penalty")
     for hypothesis in found:
-        verdict = "right" if hypothesis.tokens == VOCABULARY.encode(expected) + [EOS] else "wrong"
-        print(f"    {hypothesis.score:8.3f} = {hypothesis.log_probability:7.3f} / {len(hypothesis.tokens)} ^ "
-              f"{LENGTH_PENALTY}   {' '.join(VOCABULARY.decode(hypothesis.tokens))}   ({verdict})")
-    greedy = model.generate(source, limit)[0]
-    print(f"    greedy writes:  {' '.join(VOCABULARY.decode(greedy))}")
+        correct = hypothesis.tokens == VOCABULARY.encode(expected) + [EOS]
+        print(f"    {hypothesis.score:8.3f} = {hypothesis.log_probability:7.3f} / "
+              f"{len(hypothesis.tokens)} ^ {penalty}   "
+              f"{' '.join(VOCABULARY.decode(hypothesis.tokens))}   "
+              f"({'correct' if correct else 'wrong'})")
+    greedy = VOCABULARY.decode(model.generate(source, limit)[0])
+    print(f"    greedy generates:  {' '.join(greedy)}")
 
 
-def exact_match(model, examples, **options):
-    """Share of `examples` that `translate` gets right with these options."""
-    written = translate(model, [digits for digits, _, _ in examples], **options)
-    return sum(row == expected for row, (_, expected, _) in zip(written, examples)) / len(examples)
+def show_beam_scores(model, examples, width):
+    """Print the exact match of greedy generation and of beam search under three length penalties.
 
-
-def show_beam_scores(model, examples):
-    """Print the exact match of greedy and of beam search under three length penalties.
-
-    Beam search finds what the *model* finds likely. Whether that is right is another question, and a wider beam can do
-    worse: Stahlberg and Byrne 2019 found that the likeliest translation of all is often the empty one. Here all right
-    answers to one source have one length, so a penalty that favours long ones can only mislead.
+    Beam search finds answers that the *model* finds likely. They need not be correct. In machine
+    translation, the most likely output of all is often the empty one (Stahlberg and Byrne 2019).
     """
-    print(f"  greedy                       exact match {exact_match(model, examples):6.1%}")
+    digits, words = [digits for digits, _, _ in examples], [words for _, words, _ in examples]
+    greedy = translate(model, digits)
+    print(f"  greedy                       exact match {exact_match(greedy, words):6.1%}")
     for penalty in (0.0, 1.0, 3.0):
-        right = exact_match(model, examples, beam_width=BEAM_WIDTH, length_penalty=penalty)
-        print(f"  beam width {BEAM_WIDTH}, penalty {penalty}    exact match {right:6.1%}")
+        written = translate(model, digits, width, length_penalty=penalty)
+        print(f"  beam width {width}, penalty {penalty}    exact match "
+              f"{exact_match(written, words):6.1%}")
 
 
 @torch.inference_mode()
 def cross_attention(model, digits):
-    """What the decoder writes for `digits` (T ids), and the cross-attention it writes them with (layers, H, T, S)."""
+    """Return the generated ids (T) and the cross-attention weights (layers, H, T, S) of each."""
     model.eval()
-    written = model.generate([VOCABULARY.encode(digits)], len(digits) + 2)[0]
-    device = model.embedding.weight.device
-    source = torch.tensor([VOCABULARY.encode(digits)], device=device)                    # (1, S)
-    decoder_input = torch.tensor([[SOS] + written[:-1]], device=device)                  # (1, T)
-    memory_kv = model.memory_keys_values(model.encode(source))
-    _, all_weights = model.decode(decoder_input, memory_kv, padding_mask(source), need_weights=True)
-    return written, torch.stack(all_weights)[:, 0]                                       # (layers, H, T, S)
+    source = [VOCABULARY.encode(digits)]
+    written = model.generate(source, len(digits) + 2)[0]
+    memory, memory_mask = model.read(source)
+    decoder_input = torch.tensor([[SOS] + written[:-1]], device=memory.device)  # (1, T)
+    _, all_weights = model.decode(decoder_input, memory, memory_mask)
+    return written, torch.stack(all_weights)[:, 0]
 
 
 def show_cross_attention(model, digits):
-    """Print which digit each word looks at, in the layer and head where the words follow the digits most.
+    """Print what the model attends to when it predicts each word.
 
-    The row of <EOS> has no digit of its own; what it looks at shows how this model knows that it is done, if it shows
-    anything. Attention weights say where a layer has looked, not what it has understood (Jain and Wallace 2019).
+    It shows the layer and head with the best pattern: word i gives most weight to digit i.
+    Attention weights show where a layer looked, not why (Jain and Wallace 2019).
     """
-    written, weights = cross_attention(model, digits)                                    # (layers, H, T, S)
-    # Word number i should look at digit number i: the diagonal, for the rows that write words and not <EOS>.
-    diagonal = weights[:, :, :len(digits)].diagonal(dim1=-2, dim2=-1).mean(-1)           # (layers, H)
-    layer, head = divmod(diagonal.argmax().item(), weights.size(1))
-    print("  mean weight of a word on its own digit, for each layer and head:")
-    for number, row in enumerate(diagonal.tolist()):
-        print(f"    layer {number}   " + "   ".join(f"head {h}: {mean:.2f}" for h, mean in enumerate(row)))
-    print(f"  layer {layer}, head {head}; rows are what is about to be written, columns the source, each row sums to 1:")
-    print(" " * 12 + "".join(f"{digit:>8s}" for digit in digits))
-    for token, row in zip(VOCABULARY.decode(written), weights[layer, head].tolist()):
-        print(f"  {token:10s}" + "".join(f"{weight:8.2f}" for weight in row))
+    written, weights = cross_attention(model, digits)
+    n = min(len(digits), len(written))
+    own = weights[:, :, :n].diagonal(dim1=-2, dim2=-1).mean(-1)  # (layers, H)
+    layer, head = divmod(own.argmax().item(), own.size(1))
+    print("  mean weight of a word's own digit, per layer and head:")
+    for i, row in enumerate(own.tolist()):
+        print(f"    layer {i}   " + "   ".join(f"head {h}: {w:.2f}" for h, w in enumerate(row)))
+    print(f"  layer {layer}, head {head}; rows are queries, named by the token that they predict; "
+          "columns are keys:")
+    print_attention(weights[layer, head], [f"-> {word}" for word in VOCABULARY.decode(written)],
+                    digits)
 
 
-def where_beams_help(model, examples):
-    """Digits and words of one of `examples` that greedy gets wrong and beam search right; if there is none, of one that
-    greedy gets wrong. Picked to show something: how often it happens, `show_beam_scores` says.
+def where_beams_help(model, examples, width, penalty):
+    """Return (digits, words) of an example that beam search gets correct and greedy gets wrong.
+
+    This example is selected to show the effect; `show_beam_scores` reports how often it occurs. If
+    there is none, it is one that greedy gets wrong, and otherwise the first one.
     """
     sequences = [digits for digits, _, _ in examples]
-    both = zip(examples, translate(model, sequences), translate(model, sequences, BEAM_WIDTH, LENGTH_PENALTY))
-    wrong = [(beams != words, digits, words) for (digits, words, _), greedy, beams in both if greedy != words]
-    # False sorts before True, and sorting keeps the order of what is level: helped first, then not helped.
-    return sorted(wrong, key=lambda case: case[0])[0][1:] if wrong else examples[0][:2]
+    greedy = translate(model, sequences)
+    beams = translate(model, sequences, width, length_penalty=penalty)
+    wrong = [(digits, words, beam) for (digits, words, _), row, beam
+             in zip(examples, greedy, beams) if row != words]
+    helped = [case for case in wrong if case[1] == case[2]]
+    return (helped or wrong or examples)[0][:2]
 
 
 # -------------------------------------------------------------------------------------
@@ -881,39 +904,55 @@ def main():
     torch.set_num_threads(NUM_THREADS)
     device = choose_device(DEVICE)
     train_loader, val_loader = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED)
-    model = EncoderDecoderTransformer(len(VOCABULARY), D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF, DROPOUT).to(device)
-    print(f"encoder-decoder: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train_loader.dataset)} "
-          f"sequences to train on, {len(val_loader.dataset)} unseen ones to be measured on")
+    model = EncoderDecoderTransformer(len(VOCABULARY), D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF,
+                                      DROPOUT).to(device)
+    print(f"encoder-decoder: {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{len(train_loader.dataset)} training and {len(val_loader.dataset)} held-out sequences")
 
-    print("\n1. Training: the next word, given the source and the right words before it")
-    optimizer, scheduler = create_optimizer(model, LEARNING_RATE, NUM_EPOCHS * len(train_loader))
+    print("\n1. Training: predict the next word from the source and the words before it")
+    optimizer, scheduler = create_optimizer(model, LEARNING_RATE, NUM_EPOCHS * len(train_loader),
+                                            WARMUP_STEPS)
     for epoch in range(1, NUM_EPOCHS + 1):
-        train_loss = train_epoch(model, train_loader, optimizer, scheduler)
+        train_loss = train_epoch(model, train_loader, optimizer, scheduler, CLIP_NORM)
         result = evaluate(model, val_loader)
-        print(f"  epoch {epoch:2d}   train loss {train_loss:.4f}   validation loss {result['loss']:.4f}   "
-              f"exact match {result['exact_match']:6.1%}")
+        print(f"  epoch {epoch:2d}   train loss {train_loss:.4f}   "
+              f"validation loss {result['loss']:.4f}   exact match {result['exact_match']:6.1%}")
         if epoch == 1:
-            young = copy.deepcopy(model)  # still unsure, so that there is something to search
-    example = max((digits for digits, _, _ in result["examples"]), key=len)
+            undertrained = copy.deepcopy(model)  # still uncertain: there is something to search
+    save_model(model, CHECKPOINTS / "encoder_decoder.pt")
+    examples = result["examples"]
 
-    print("\n2. Beam search, step by step (the model after epoch 1, still unsure)")
-    show_beam_search(young, *where_beams_help(young, result["examples"]))
-    print(f"  and on all {len(result['examples'])} unseen sequences, the same model")
-    show_beam_scores(young, result["examples"])
+    print("\n2. Beam search, step by step (the model after epoch 1)")
+    digits, words = where_beams_help(undertrained, examples, BEAM_WIDTH, LENGTH_PENALTY)
+    show_beam_search(undertrained, digits, words, BEAM_WIDTH, LENGTH_PENALTY)
+    print(f"  and on all {len(examples)} held-out sequences, with the same model")
+    show_beam_scores(undertrained, examples, BEAM_WIDTH)
 
-    print("\n3. Cross-attention of the trained model: which digit a word is written from")
-    show_cross_attention(model, example)
+    print("\n3. Cross-attention of the trained model: which digits do words attend to?")
+    show_cross_attention(model, max((digits for digits, _, _ in examples), key=len))
 
-    print("\n4. Examples, none of them seen in training, mistakes first")
-    print_examples(result["examples"])
+    print("\n4. Held-out examples, mistakes first")
+    print_examples(examples)
 
-    beam_score = exact_match(model, result["examples"], beam_width=BEAM_WIDTH, length_penalty=LENGTH_PENALTY)
-    print(f"\nResult on {len(result['examples'])} unseen sequences")
-    print(f"  next word, given the right ones before it (teacher forcing)   accuracy    {result['accuracy']:6.1%}")
-    print(f"  digits to words, written freely until <EOS>, greedy           exact match {result['exact_match']:6.1%}")
-    print(f"  the same with beam search, width {BEAM_WIDTH:<29d}exact match {beam_score:6.1%}")
-    report_saved(model, CHECKPOINTS / "encoder_decoder.pt")
+    beams = translate(model, [digits for digits, _, _ in examples], BEAM_WIDTH,
+                      length_penalty=LENGTH_PENALTY)
+    beam_score = exact_match(beams, [words for _, words, _ in examples])
+    print(f"\nResult on {len(examples)} held-out sequences")
+    print("  next word, given the correct ones before it (teacher forcing)   accuracy    "
+          f"{result['accuracy']:6.1%}")
+    print("  digits to words, generated until <EOS>, greedy                  exact match "
+          f"{result['exact_match']:6.1%}")
+    print(f"  the same with beam search, width {BEAM_WIDTH:<31d}exact match {beam_score:6.1%}")
+
+
+def answer(tokens):
+    """Translate `tokens`, typed after the script's name, with the saved model."""
+    check_known(tokens, DIGITS, "python encoder_decoder.py 4 0 7")
+    model = EncoderDecoderTransformer.load(CHECKPOINTS / "encoder_decoder.pt",
+                                           choose_device(DEVICE))
+    print(f"{' '.join(tokens)}  ->  {' '.join(translate(model, [tokens])[0])}")
+    show_cross_attention(model, tokens)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, answer)

@@ -1,37 +1,39 @@
 """
-encoder_only.py - the BERT family: read everything at once, fill in the blanks
+encoder_only.py - the BERT family: read everything at once, predict the masked tokens
 
-THE IDEA.  Hide some tokens of a sentence and let a model guess them from what stands on *both* sides. To guess well
-it must understand the rest; what it has understood can then be used for other things, by putting a small head on top
-(Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding").
+THE IDEA.  Replace some tokens of a text with <MASK> and train a model to predict them from the
+tokens on *both* sides. To predict well, it must use the rest of the text. Other tasks can then
+reuse what it has learned: put a small layer on top and train again (Devlin et al. 2019,
+"BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding").
 
-    4   0   7 <SEP> four <MASK> seven          tokens, one hidden
+    4   0   7 <SEP> four <MASK> seven          tokens, one of them masked
     |   |   |   |    |     |      |
     [   embedding + position         ]         each token becomes a vector of D numbers
     [   EncoderLayer: every position ]
-    [   looks at every other         ]  x 2    no direction, no order of writing
+    [   attends to every other       ]  x 2    in both directions
     |   |   |   |    |     |      |
-                         "zero"                a guess for the hidden one: softmax over all 26 tokens
+                         "zero"                its prediction: a softmax over all 26 tokens
 
-It learns here:  to fill blanks in `digits <SEP> words` (masked language modelling), which makes it translate digits
-to words by filling all the words at once, and with the same weights words to digits, for which a model that reads
-from left to right would need a training of its own; then, by fine-tuning, to say which digit of a row is the largest.
+What it learns here: masked language modeling on `digits <SEP> words`. Masking all the words makes
+the model translate digits to words in one pass. Masking all the digits makes the same weights
+translate words to digits. Then fine-tuning: name the largest digit of a row.
 
-What it cannot do: write freely. It fills the blanks it is given, so it must be told how many words to write: one
-blank a digit. Keep that in mind wherever its score stands beside those of the other two.
+What it cannot do: choose the length of its output. It fills the masks that it is given, one per
+digit. Keep this in mind whenever you compare its score with the other two.
 
 Run it:     python encoder_only.py        (about 16 seconds on one CPU core)
+Try it:     python encoder_only.py 4 0 7           (after the run; digits to words)
+            python encoder_only.py four zero seven                 (words to digits)
 
 The last lines should be close to:
 
-    Result on 599 unseen sequences
-      digits to words, all blanks in one pass (told how many)   exact match 100.0%
-      words to digits, the same weights                         exact match 100.0%
-      which is the largest number?                              right       100.0%
-    saved checkpoints/encoder_only.pt
+    Result on 601 held-out sequences
+      digits to words, all masks in one pass (length given)   exact match 100.0%
+      words to digits, the same weights                       exact match 100.0%
+      which is the largest digit?                             correct     100.0%
 
-READING ORDER   positions -> attention -> feed-forward -> layer -> model -> masking (what is new here) -> translating
-                -> training -> classifier -> main
+READING ORDER   positions -> attention -> feed-forward -> layer -> model -> masking (new here)
+                -> translating -> training -> classifier -> main
 """
 import copy
 import math
@@ -41,44 +43,47 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from toy_dataset import (CHECKPOINTS, FIRST_ORDINARY, IGNORE_INDEX, MASK, SEP, VOCABULARY, InputError, check_constants,
-                         check_loss, check_tokens, choose_device, create_dataloaders, load_checkpoint, pad_rows, PAD,
-                         padding_mask, print_examples, report_saved, run_script, save_checkpoint, to_device)
+from housekeeping import (CHECKPOINTS, check_constants, check_finite, check_known, check_model,
+                          check_rows, check_sequences, choose_device, evaluation_mode,
+                          load_checkpoint, run_script, save_checkpoint, save_model)
+from toy_dataset import (DIGITS, FIRST_ORDINARY, IGNORE_INDEX, MASK, PAD, SEP, VOCABULARY, WORDS,
+                         create_dataloaders, exact_match, pad_rows, padding_mask, print_attention,
+                         print_examples, to_device)
 
 # =====================================================================================
-# LEGEND   B  batch                      D  d_model: width of a token's vector
-#          S  length of a row (pair)     H  heads
-#          T  positions that ask; here   K  D / H: width of one head
-#             always the same S          V  vocabulary size (26)
+# LEGEND   B  batch                              D  d_model: the size of a token's vector
+#          S  number of keys: all positions      H  heads
+#             of a row                           K  D / H: the size of a head's vectors
+#          T  number of queries; here also S     V  vocabulary size (26)
 # =====================================================================================
 
 # =====================================================================================
-# CONSTANTS - change one, run again. What a "Try" gives is the exact match at the end, measured with SEED 0 and 1.
+# CONSTANTS - change one, run again. After each "Try": the final exact match with SEED 0 and 1.
 # =====================================================================================
 # The model
-D_MODEL = 64             # width of a token's vector. Try 16: 99.8 to 100 %, in twice the epochs.
-NUM_HEADS = 4            # must divide D_MODEL. Try 1: 100 %, a little later.
-NUM_LAYERS = 2           # Try 1: 13 to 17 %, see `alignment` for the reason.
-D_FF = 256               # inner width of the feed-forward; 4 * D_MODEL since 2017. Try 64: 100 %.
-DROPOUT = 0.0            # share of activations set to 0 in training. Try 0.1: 100 %, later; 0.3: 46 to 82 %.
+D_MODEL = 64             # size of a token's vector. Try 16: 99.8 to 100%, in twice the epochs.
+NUM_HEADS = 4            # must divide D_MODEL. Try 1: 100%, a little later.
+NUM_LAYERS = 2           # Try 1: 13 to 17%; it learns much more slowly.
+D_FF = 256               # hidden size of the feed-forward network. Try 64: 100%.
+DROPOUT = 0.0            # fraction of activations set to 0. Try 0.1: 100%, later; 0.3: 46 to 82%.
 # The task
-NUM_SAMPLES = 6000       # distinct sequences, training and validation together. Try 1000: 4 to 41 %, too few steps.
-MAX_DIGITS = 5           # longest sequence. Try 8: 100 %.
-MASK_SHARE = 0.8         # of the selected tokens: become <MASK>. Try 1.0, and RANDOM_SHARE 0.0: 99.7 to 100 %, slowly.
-RANDOM_SHARE = 0.1       # of the selected tokens: become a random one; the rest, 0.1, stays as it is.
-MIN_MASKING_RATE = 0.15  # a row's share of selected tokens is drawn between this and 1 (BERT: 0.15, fixed). Try 1.0: 100 %.
+NUM_SAMPLES = 6000       # distinct sequences, training and validation together
+MAX_DIGITS = 5           # longest sequence. Try 8: 100%.
+MASK_SHARE = 0.8         # of the selected tokens, this fraction becomes <MASK>
+RANDOM_SHARE = 0.1       # and this fraction a random token; the rest stays as it is
+MIN_MASKING_RATE = 0.15  # each row's masking rate is drawn between this and 1 (BERT: 0.15, fixed)
 # The training
-BATCH_SIZE = 64          # rows per step. Try 256: a quarter of the steps, 99.3 to 100 %.
-LEARNING_RATE = 3e-3     # at its peak. Try 1e-4, usual for far larger models: 2.5 %. Try 3e-2: 0.7 %.
-WARMUP_STEPS = 40        # steps in which the rate climbs to its peak. Try 0: 100 %; pre-norm does not need it here.
-CLIP_NORM = 1.0          # longest gradient that a step may follow. Try 100.0, no clipping: 100 %.
-NUM_EPOCHS = 8           # passes over the training data, 85 steps each. Try 2: 95 to 96 %; 1: 1 to 3 %.
-FINETUNE_EPOCHS = 4      # the same for the classifier. Try 1: 99.2 to 99.3 % right.
+BATCH_SIZE = 64          # rows per step. Try 256: a quarter of the steps, 99.3 to 100%.
+LEARNING_RATE = 3e-3     # at its peak. Try 1e-4: 2.5%. Try 3e-2: 0.7%.
+WARMUP_STEPS = 40        # steps in which the learning rate rises to its peak. Try 0: 100%.
+CLIP_NORM = 1.0          # maximum length of the gradient. Try 100.0 (no clipping): 100%.
+NUM_EPOCHS = 8           # passes over the training data, 85 steps each. Try 2: 95 to 96%.
+FINETUNE_EPOCHS = 4      # the same for the classifier. Try 1: 99.2 to 99.3% correct.
 FINETUNE_LEARNING_RATE = 1e-3
 # The run
-SEED = 0                 # weights, data and blanks. Try 1: every claim should survive it.
-DEVICE = "cpu"           # or "cuda", "mps"; the figures in this file were all measured on a CPU.
-NUM_THREADS = 1          # CPU threads. Two are faster on an idle machine, and much slower on a busy one.
+SEED = 0                 # weights, data, and masks. Try 1.
+DEVICE = "cpu"           # or "cuda", "mps"; the numbers in this file were measured on a CPU
+NUM_THREADS = 1          # CPU threads
 # =====================================================================================
 
 
@@ -86,62 +91,75 @@ NUM_THREADS = 1          # CPU threads. Two are faster on an idle machine, and m
 # 1. Building blocks, in the order in which the data meets them
 # -------------------------------------------------------------------------------------
 class PositionalEncoding(nn.Module):
-    """Adds to each token's vector a fixed pattern that says where in the sequence it stands.
+    """Adds a fixed pattern to each token's vector that encodes its position.
 
-    Without it a transformer reads a bag of tokens: attention compares vectors, and nothing in a vector says "I am
-    third". Each pair of dimensions is a clock hand that turns with the position, the first pair fast, the last slowly:
+    Without it, an encoder cannot tell `4 0 7` from `7 0 4`: attention compares vectors, wherever
+    they stand. Dimensions 2i and 2i+1 are a clock hand that turns with the position `pos`. The
+    first pair (i = 0) turns fast, the last pair slowly:
 
         PE[pos, 2i]   = sin(pos / 10000^(2i/D))
         PE[pos, 2i+1] = cos(pos / 10000^(2i/D))
 
-    Source: Vaswani et al. 2017, section 3.5. For a fixed distance k, PE[pos+k] is the same rotation of PE[pos]
-    wherever pos is, so "one to the left" is something that a single matrix can learn.
+    Vaswani et al. 2017, section 3.5. One step to the right turns each hand by the same angle at
+    every position, so one matrix can express "one position to the left".
     """
 
     def __init__(self, d_model, max_len):
         super().__init__()
-        if d_model % 2:
-            raise InputError(f"d_model={d_model} must be even: positions come as pairs of sine and cosine")
-        position = torch.arange(max_len).unsqueeze(1)                                    # (max_len, 1)
-        # 10000^(-2i/D), through the logarithm: one multiplication and one exp instead of a power.
-        frequency = torch.exp(torch.arange(0, d_model, 2) * (-math.log(10000.0) / d_model))  # (D/2,)
-        table = torch.zeros(max_len, d_model)                                            # (max_len, D)
-        table[:, 0::2] = torch.sin(position * frequency)                                 # (max_len, D/2)
-        table[:, 1::2] = torch.cos(position * frequency)                                 # (max_len, D/2)
-        # A buffer moves with the model to a GPU but is not trained; not persistent: a checkpoint need not hold what a
-        # formula gives.
+        position = torch.arange(max_len).unsqueeze(1)  # (max_len, 1)
+        frequency = 10000.0 ** (-torch.arange(0, d_model, 2) / d_model)  # (D/2,)
+        table = torch.zeros(max_len, d_model)
+        table[:, 0::2] = torch.sin(position * frequency)  # (max_len, D/2)
+        table[:, 1::2] = torch.cos(position * frequency)
+        # A buffer moves to the GPU with the model but is not trained. Nor is it saved, because the
+        # formula recreates it.
         self.register_buffer("table", table, persistent=False)
 
-    def forward(self, x, positions=None):
-        """x (B, T, D); positions (T,) or (B, T), by default 0 .. T-1. Returns (B, T, D).
+    def forward(self, x):
+        """x (B, S, D) -> (B, S, D)"""
+        return x + self.table[:x.size(1)]
 
-        Positions are given where the first column is not position 0: after a cache, or behind padding on the left.
-        """
-        if positions is None:
-            return x + self.table[:x.size(1)]                                            # (B, T, D)
-        return x + self.table[positions]                                                 # (B, T, D)
+
+def attention(queries, keys, values, mask=None, dropout=0.0):
+    """Return softmax(Q K^T / sqrt(K)) V and the attention weights.
+
+    queries (B, H, T, K), keys and values (B, H, S, K); mask broadcasts to (B, H, T, S), True = may
+    attend. Returns (B, H, T, K) and the weights (B, H, T, S). Vaswani et al. 2017, section 3.2.
+
+    Each query is compared with each key, and the softmax turns a row of scores into weights that
+    sum to 1. The result is the weighted average of the values. One query and three keys:
+
+        scores  2.0  0.0  2.0    ->   weights  0.47  0.06  0.47
+        with the third key masked:    weights  0.88  0.12  0.00
+
+    Why divide by sqrt(K): q.k is a sum of K products. If the entries are independent with mean 0
+    and variance 1, the sum has variance K. The softmax of such large scores is almost one-hot, and
+    its gradient is almost zero. attention_by_hand.py shows it in numbers.
+    """
+    scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.size(-1))  # (B, H, T, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = torch.softmax(scores, dim=-1)
+    if mask is not None:
+        # subtle: a query that may attend to nothing has only -inf, and its softmax is 0/0 = NaN.
+        # It gets zeros instead. (decoder_only.py pads on the left, where this happens.)
+        weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    return F.dropout(weights, dropout) @ values, weights  # (B, H, T, K), (B, H, T, S)
 
 
 class MultiHeadAttention(nn.Module):
-    """Every position asks the positions it may see, itself included, and takes home a mixture of their answers.
+    """Attention in H heads side by side, each on its own slice of K = D / H dimensions.
 
-        attention(q, k, v) = softmax(q k^T / sqrt(K)) v        Vaswani et al. 2017, section 3.2; K = D / H
+    Queries come from x, keys and values from memory: a query describes what a position looks for, a
+    key what a position offers, a value the content that it passes on. All three are learned
+    projections. In self-attention, x and memory are the same.
 
-    A query q says what a position looks for, a key k what a position has to offer, a value v what it hands over. The
-    scores q k^T compare each query with each key; softmax turns a row of scores into weights that sum to 1. All three
-    are learned projections of the same vectors: what a token asks need not be what it answers.
-
-    Several heads do this side by side, each in its own slice of K = D / H dimensions: one softmax can point at one
-    place well, four can point at four. They cost no more than one head of full width.
-
-    Worked example, one head, one query, three keys: scores [2.0, 0.0, 2.0] -> weights [0.47, 0.06, 0.47]: the mean
-    of values 1 and 3, with a little of value 2. With key 3 masked: [2.0, 0.0, -inf] -> [0.88, 0.12, 0.00], exactly 0.
+    One softmax can point to one place well; H heads can point to H places, with as many weights and
+    multiplications as one head of full width.
     """
 
     def __init__(self, d_model, num_heads, dropout=0.0):
         super().__init__()
-        if num_heads < 1 or d_model % num_heads:
-            raise InputError(f"num_heads={num_heads} does not divide d_model={d_model}: use a divisor, such as 1 or 2")
         self.num_heads = num_heads
         self.head_dim = d_model // num_heads
         self.dropout = dropout
@@ -149,60 +167,35 @@ class MultiHeadAttention(nn.Module):
         self.w_k = nn.Linear(d_model, d_model)
         self.w_v = nn.Linear(d_model, d_model)
         self.w_o = nn.Linear(d_model, d_model)
+        self.formula = attention  # train_all.py can put PyTorch's fused kernel in its place
 
     def split_heads(self, x):
-        """(B, S, D) -> (B, H, S, K): the D dimensions of each token are cut into H slices of K."""
-        # subtle: view to (B, S, H, K) first, then swap. view(B, H, S, K) has the right shape too and runs, but it
-        # mixes the dimensions of one token with those of the next.
-        heads = x.view(x.size(0), x.size(1), self.num_heads, self.head_dim)              # (B, S, H, K)
-        return heads.transpose(1, 2)                                                     # (B, H, S, K)
+        """(B, S, D) -> (B, H, S, K): cut the D dimensions of each token into H slices."""
+        # subtle: view as (B, S, H, K) first, then transpose. view(B, H, S, K) has the right shape
+        # too, but it mixes the dimensions of different tokens.
+        return x.view(x.size(0), x.size(1), self.num_heads, self.head_dim).transpose(1, 2)
 
-    def keys_values(self, x):
-        """x (B, S, D), the positions that can be looked at -> their keys and values, each (B, H, S, K).
+    def merge_heads(self, x):
+        """(B, H, T, K) -> (B, T, D): the inverse of split_heads."""
+        return x.transpose(1, 2).flatten(2)
 
-        Apart from `forward`, so that generation can compute them once and keep them.
-        """
-        return self.split_heads(self.w_k(x)), self.split_heads(self.w_v(x))              # 2 x (B, H, S, K)
-
-    def forward(self, x, keys, values, mask=None, need_weights=False):
-        """x (B, T, D) asks; keys and values (B, H, S, K) answer; mask broadcasts to (B, H, T, S), True = may attend.
-
-        Returns (B, T, D) and the weights (B, H, T, S), taken before dropout, or None in place of them.
-        A row of the mask that allows nothing gathers zeros, of which w_o makes its bias; never NaN.
-        """
-        queries = self.split_heads(self.w_q(x))                                          # (B, H, T, K)
-        if need_weights:
-            # Why divide: q.k is a sum of K products. If q and k have independent entries of variance 1, the sum has
-            # variance K; softmax of scores that large is nearly one-hot, and its gradient nearly zero.
-            scores = queries @ keys.transpose(-2, -1) / math.sqrt(self.head_dim)         # (B, H, T, S)
-            if mask is not None:
-                # exp(-inf) is exactly 0. A large negative number instead, such as -1e9, comes to 0 too in a row that has
-                # something to attend to, but to a uniform mixture of forbidden places in a row that has not.
-                scores = scores.masked_fill(~mask, -math.inf)                            # (B, H, T, S)
-            weights = torch.softmax(scores, dim=-1)                                      # (B, H, T, S)
-            if mask is not None:
-                # A row of nothing but -inf is 0/0 = NaN in softmax, and one NaN soon is everywhere.
-                weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)          # (B, H, T, S)
-            context = F.dropout(weights, self.dropout, self.training) @ values           # (B, H, T, K)
-        else:
-            # The same formula in one fused kernel that never stores the (T, S) weights: lighter, and the faster the
-            # longer the sequence (Dao et al. 2022, FlashAttention). It divides by sqrt(K) itself, and since PyTorch 2.5
-            # gives zeros for empty rows.
-            weights = None
-            context = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask,
-                                                     dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, K)
-        # Back from heads to one vector a token, in the order in which split_heads cut it.
-        context = context.transpose(1, 2).reshape(x.shape)                               # (B, T, D)
-        return self.w_o(context), weights                                                # (B, T, D)
+    def forward(self, x, memory, mask=None):
+        """x (B, T, D), memory (B, S, D), mask as in `attention` -> (B, T, D) and (B, H, T, S)"""
+        queries = self.split_heads(self.w_q(x))  # (B, H, T, K)
+        keys = self.split_heads(self.w_k(memory))  # (B, H, S, K)
+        values = self.split_heads(self.w_v(memory))
+        dropout = self.dropout if self.training else 0.0
+        result, weights = self.formula(queries, keys, values, mask, dropout)
+        return self.w_o(self.merge_heads(result)), weights  # (B, T, D), (B, H, T, S)
 
 
 class FeedForward(nn.Module):
-    """What each position does with what it has gathered: widen, bend, narrow. The same for all, none sees another.
+    """Two linear layers with a nonlinearity between them, applied to each position separately.
 
         feed_forward(x) = narrow(GELU(widen(x)))               Vaswani et al. 2017, section 3.3
 
-    Without the bend in between, two matrices in a row are one matrix. GELU (Hendrycks and Gimpel 2016) as in BERT and
-    GPT-2, where the 2017 paper and T5 have ReLU. Two thirds of a layer's weights sit here: 8 D^2 of 12 D^2.
+    Without the nonlinearity, the two matrices would collapse into a single one. GELU (Hendrycks and
+    Gimpel 2016) is a smooth ReLU. BERT and GPT-2 use it; the 2017 paper and T5 use ReLU.
     """
 
     def __init__(self, d_model, d_ff, dropout=0.0):
@@ -213,20 +206,19 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         """(B, T, D) -> (B, T, D)"""
-        return self.narrow(self.dropout(F.gelu(self.widen(x))))                          # (B, T, D)
+        return self.narrow(self.dropout(F.gelu(self.widen(x))))
 
 
 class EncoderLayer(nn.Module):
-    """Attention gathers, feed-forward digests; each *adds* to what comes in, and each reads it through a layer norm.
+    """One encoder layer: self-attention, then a feed-forward network, each added to its input.
 
         x = x + attention(norm(x))
         x = x + feed_forward(norm(x))
 
-    The residual `x +` leaves a straight road from the loss to every layer: the gradient of x + f(x) always holds a 1.
-    The norm gives each vector mean 0 and variance 1, so that scores and activations stay where softmax and GELU work.
-
-    Departs from Vaswani et al. 2017, who norm after adding (post-norm). Norm before (pre-norm) keeps the road clear of
-    norms and trains without careful warm-up (Xiong et al. 2020); GPT-2 and T5 do so, BERT still normed after.
+    The norm (LayerNorm) gives each token's vector mean 0 and variance 1, then a learned gain and
+    shift. The residual `x +` gives gradients a direct path: the derivative of x + f(x) is
+    1 + f'(x). The paper and BERT normalize after the addition (post-norm); GPT-2, T5, and this
+    file normalize before it (pre-norm, Xiong et al. 2020).
     """
 
     def __init__(self, d_model, num_heads, d_ff, dropout=0.0):
@@ -237,15 +229,12 @@ class EncoderLayer(nn.Module):
         self.feed_forward = FeedForward(d_model, d_ff, dropout)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, mask=None, need_weights=False):
-        """x (B, S, D), mask broadcastable to (B, H, S, S) -> (B, S, D) and the attention weights or None."""
-        normed = self.norm1(x)                                                           # (B, S, D)
-        # *Self*-attention: queries, keys and values all come from the same positions.
-        attended, weights = self.attention(normed, *self.attention.keys_values(normed), mask, need_weights)
-        # subtle: add to x, not to `normed`. With that mistake the straight road is normed away at every layer; two layers
-        # still learn this task, so no curve gives it away. A test against PyTorch's own layer does.
-        x = x + self.dropout(attended)                                                   # (B, S, D)
-        x = x + self.dropout(self.feed_forward(self.norm2(x)))                           # (B, S, D)
+    def forward(self, x, mask=None):
+        """x (B, S, D), mask as in `attention` -> (B, S, D) and the weights (B, H, S, S)"""
+        normed = self.norm1(x)
+        attended, weights = self.attention(normed, normed, mask)
+        x = x + self.dropout(attended)  # subtle: add to x, not to `normed`
+        x = x + self.dropout(self.feed_forward(self.norm2(x)))
         return x, weights
 
 
@@ -253,222 +242,227 @@ class EncoderLayer(nn.Module):
 # 2. The model
 # -------------------------------------------------------------------------------------
 class EncoderOnlyTransformer(nn.Module):
-    """Embedding, layers, and a guess at every position.
+    """Embedding, layers, and a prediction at every position.
 
-    Departs from Devlin et al. 2019: pre-norm for post-norm; sinusoidal positions for learned ones (nothing to learn
-    for lengths that training has shown rarely); no segment embedding, since <SEP> already tells the two sides apart; no
-    next-sentence prediction, which later work found useless (Liu et al. 2019, RoBERTa, section 4.2); no extra dense
-    layer before the output.
+    Differs from Devlin et al. 2019: pre-norm instead of post-norm, sinusoidal positions instead of
+    learned ones, the embedding scaled by sqrt(D) and not normalized, no segment embedding (<SEP>
+    separates the two sides), no next-sentence prediction (Liu et al. 2019, RoBERTa, found that it
+    does not help), no extra dense layer before the output.
     """
 
-    def __init__(self, vocab_size=len(VOCABULARY), d_model=64, num_heads=4, num_layers=2, d_ff=256, dropout=0.0,
-                 max_len=64):
+    def __init__(self, vocab_size=len(VOCABULARY), d_model=64, num_heads=4, num_layers=2, d_ff=256,
+                 dropout=0.0, max_len=64):
         super().__init__()
         self.arguments = {"vocab_size": vocab_size, "d_model": d_model, "num_heads": num_heads,
-                          "num_layers": num_layers, "d_ff": d_ff, "dropout": dropout, "max_len": max_len}
+                          "num_layers": num_layers, "d_ff": d_ff, "dropout": dropout,
+                          "max_len": max_len}
+        check_model(self.arguments)
         self.vocab_size, self.max_len = vocab_size, max_len
-        self.embedding_scale = math.sqrt(d_model)
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.positional_encoding = PositionalEncoding(d_model, max_len)
         self.dropout = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(EncoderLayer(d_model, num_heads, d_ff, dropout) for _ in range(num_layers))
-        # A pre-norm stack adds and adds and never norms its sum; without this last norm the logits grow with depth.
-        self.final_norm = nn.LayerNorm(d_model)
+        self.layers = nn.ModuleList(EncoderLayer(d_model, num_heads, d_ff, dropout)
+                                    for _ in range(num_layers))
+        self.final_norm = nn.LayerNorm(d_model)  # the last `x +` is not normalized yet
         self.output = nn.Linear(d_model, vocab_size)
-        # Tied (Press and Wolf 2017): one table says what a token means on the way in and on the way out. A logit is then
-        # how well the vector at a position matches a token's own embedding.
+        # Tied weights (Press and Wolf 2017): input and output share one table. As the output, it
+        # must be small: with std 0.02 the first predictions are almost uniform, and the first loss
+        # is close to ln V = 3.26. As the input, it is added to positions, whose values have a size
+        # of 0.7. So `encode` multiplies it by sqrt(D) = 8 (Vaswani et al. 2017, section 3.4).
+        # Without the factor, 8 epochs end at 0.0 to 0.2% exact match (SEED 0-2).
         self.output.weight = self.embedding.weight
-        # Small, so that the first guesses are near uniform and the first loss near ln V = 3.26.
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.zeros_(self.output.bias)
+        self.embedding_scale = math.sqrt(d_model)
 
-    def encode(self, tokens, mask=None, need_weights=False):
-        """tokens (B, S), mask (B, 1, 1, S) or None to hide just <PAD> -> vectors (B, S, D) that know their context,
-        and a list with each layer's attention weights (B, H, S, S), or None in their place.
+    def encode(self, tokens, mask=None):
+        """tokens (B, S) -> (B, S, D) and a list of each layer's attention weights (B, H, S, S)
 
-        Raises InputError for ids outside the vocabulary, rows too long, and rows of nothing but padding.
+        mask (B, 1, 1, S), or None to mask <PAD>
         """
-        check_tokens(tokens, self.vocab_size, self.max_len)
         if mask is None:
-            mask = padding_mask(tokens)                                                  # (B, 1, 1, S)
-        # sqrt(D) as in Vaswani et al. 2017, section 3.4. Embeddings start at a size of 0.02, positions have 0.7: unscaled,
-        # a token drowns in where it stands. Try removing the factor: 8 epochs then end at 0.0 to 0.2 % exact match.
-        x = self.positional_encoding(self.embedding(tokens) * self.embedding_scale)      # (B, S, D)
-        x = self.dropout(x)                                                              # (B, S, D)
+            mask = padding_mask(tokens)  # (B, 1, 1, S)
+        x = self.positional_encoding(self.embedding(tokens) * self.embedding_scale)  # (B, S, D)
+        x = self.dropout(x)
         all_weights = []
         for layer in self.layers:
-            # No causal mask: as a network, that is the whole difference to decoder_only.py.
-            x, weights = layer(x, mask, need_weights)                                    # (B, S, D), (B, H, S, S)
+            x, weights = layer(x, mask)
             all_weights.append(weights)
-        return self.final_norm(x), all_weights if need_weights else None
+        return self.final_norm(x), all_weights
 
     def forward(self, tokens, mask=None):
-        """tokens (B, S) -> logits (B, S, V): at every position, also the unmasked, a guess at the token there."""
-        return self.output(self.encode(tokens, mask)[0])                                 # (B, S, V)
+        """tokens (B, S) -> logits (B, S, V): the scores of all tokens, before the softmax"""
+        return self.output(self.encode(tokens, mask)[0])  # (B, S, V)
 
     def save(self, path):
-        """Write arguments and weights to `path`, all or nothing. Raises OSError."""
+        """Write arguments and weights to `path`. Raises OSError."""
         save_checkpoint(path, self)
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """The model that was saved at `path`. Raises InputError if there is none that fits."""
+        """Return the model that was saved at `path`. Raises InputError if there is none."""
         return load_checkpoint(path, cls, device)
 
 
-# --- NEW HERE: masked language modelling ---------------------------------------------
 # -------------------------------------------------------------------------------------
-# 3. What it is trained on: making the blanks
+# 3. What it is trained on: masked language modeling
 # -------------------------------------------------------------------------------------
-def mask_tokens(tokens, generator=None):
-    """Hide tokens for the model to guess. tokens (B, S) -> corrupted (B, S), labels (B, S).
+def word_positions(tokens):
+    """(B, S) ids -> (B, S) booleans, True where a word stands: after <SEP>, padding excluded."""
+    return (tokens >= FIRST_ORDINARY) & ((tokens == SEP).cumsum(1) > 0)
 
-    Labels hold the original token where one was selected and IGNORE_INDEX elsewhere: the loss asks about nothing else.
-    Of the selected tokens 80 % become <MASK>, 10 % a random digit or word, 10 % stay (Devlin et al. 2019, section 3.1):
+
+def mask_tokens(tokens, mask_share=0.8, random_share=0.1, min_rate=0.15, generator=None):
+    """Select tokens for the model to predict. tokens (B, S) -> corrupted (B, S), labels (B, S).
+
+    Labels hold the original token where one was selected, and IGNORE_INDEX elsewhere. Of the
+    selected tokens, 80% become <MASK>, 10% a random digit or word, and 10% stay (Devlin et al.
+    2019, section 3.1):
 
         4 0 7 <SEP> four  zero  seven      original
                     x     x     x          selected
-        4 0 7 <SEP> <MASK> three seven     corrupted: blank, random, kept
+        4 0 7 <SEP> <MASK> three seven     corrupted: masked, random, unchanged
         . . .   .   four  zero  seven      labels
 
-    Why not <MASK> always: a fine-tuned model reads text without any, and one trained to answer at <MASK> alone has no
-    reason to know anything at the other positions; so now and then a token is wrong, or right, and still asked for.
-    Random tokens are digits and words, never special ones: those would be wrong at a glance. (Filling blanks, as here,
-    it matters less: with <MASK> always, 8 epochs end at 99.7 to 100 %, only more slowly.)
+    Why not always <MASK>? The text used for fine-tuning contains none. A model that only predicts
+    at <MASK> has no reason to build useful vectors at other tokens. So it must also predict tokens
+    that were replaced at random or left unchanged.
 
-    Departs from BERT in what is selected. Digits and words say the same thing twice, so one side is picked by a coin
-    for each row and blanks are made there only; with a digit *and* its word hidden, nobody could know either. And
-    each row draws its own rate up to 1: at BERT's fixed 15 % the model would hardly ever meet a row with all words blank,
-    which is exactly what translating asks of it. (Measured at 15 %: 93 % exact match instead of 100, 81 % backwards.)
+    Differs from BERT in what is selected. Digits and words say the same thing, so a coin picks one
+    side per row: if a digit *and* its word were masked, neither could be recovered. And each row
+    draws its own rate between `min_rate` and 1. At BERT's fixed 15%, the model almost never sees a
+    row with all words masked, which is its input when it translates.
     """
-    device = tokens.device
-
     def rand(*shape):
-        return torch.rand(*shape, generator=generator, device=device)
+        return torch.rand(*shape, generator=generator, device=tokens.device)
 
     batch, length = tokens.shape
-    on_the_right = (tokens == SEP).cumsum(1) > 0                                         # (B, S) <SEP> and after
-    side = rand(batch, 1) < 0.5                                                          # (B, 1) True: hide words
-    candidates = (tokens >= FIRST_ORDINARY) & (on_the_right == side)                     # (B, S) no special tokens
-    rate = MIN_MASKING_RATE + (1 - MIN_MASKING_RATE) * rand(batch, 1)                    # (B, 1)
-    # The candidate with the lowest number is always selected: a row without blanks teaches nothing, and a batch
-    # without any has a loss of 0/0 = NaN.
-    draw = rand(batch, length).masked_fill(~candidates, 2.0)                             # (B, S)
-    selected = candidates & (draw <= torch.maximum(rate, draw.amin(1, keepdim=True)))    # (B, S)
+    words = word_positions(tokens)  # (B, S)
+    digits = (tokens >= FIRST_ORDINARY) & ~words
+    candidates = torch.where(rand(batch, 1) < 0.5, words, digits)  # the coin
+    rate = min_rate + (1 - min_rate) * rand(batch, 1)  # (B, 1)
+    # The candidate with the lowest draw is always selected, because a batch without any label
+    # would have the loss 0/0 = NaN.
+    draw = rand(batch, length).masked_fill(~candidates, 2.0)  # (B, S)
+    selected = candidates & (draw <= torch.maximum(rate, draw.amin(1, keepdim=True)))
 
-    # One draw decides among the three, so that the shares add up to 1. The mistake to avoid: a first draw for <MASK>
-    # at 0.8, then a second for random at 0.1 among all selected; that overwrites blanks and keeps too few.
-    action = rand(batch, length)                                                         # (B, S)
-    blank = selected & (action < MASK_SHARE)                                             # (B, S)
-    swap = selected & (action >= MASK_SHARE) & (action < MASK_SHARE + RANDOM_SHARE)      # (B, S)
-    random_tokens = torch.randint(FIRST_ORDINARY, len(VOCABULARY), tokens.shape, generator=generator,
-                                  device=device)                                         # (B, S)
-    corrupted = torch.where(swap, random_tokens, tokens.masked_fill(blank, MASK))        # (B, S)
-    labels = tokens.masked_fill(~selected, IGNORE_INDEX)                                 # (B, S)
+    # subtle: one draw decides among the three. A common bug draws twice: 0.8 for <MASK>, then 0.1
+    # for a random token among all selected. The second draw overwrites masks of the first.
+    action = rand(batch, length)  # (B, S)
+    masked = selected & (action < mask_share)
+    randomized = selected & (action >= mask_share) & (action < mask_share + random_share)
+    random_tokens = torch.randint(FIRST_ORDINARY, len(VOCABULARY), tokens.shape,
+                                  generator=generator, device=tokens.device)  # (B, S)
+    corrupted = torch.where(randomized, random_tokens, tokens.masked_fill(masked, MASK))
+    labels = tokens.masked_fill(~selected, IGNORE_INDEX)
     return corrupted, labels
 
 
-def predict(model, batch):
-    """One batch through the model -> logits (B, S, V) and labels (B, S).
+def predict(model, batch, mask_share=0.8, random_share=0.1, min_rate=0.15):
+    """Run the model on one batch. Returns logits (B, S, V) and labels (B, S).
 
-    In training the blanks are drawn anew each time, so a row is a new exercise in every epoch. In evaluation
-    (model.eval()) all words are blank, as when translating: no chance in it, and the loss is comparable with the other
-    two architectures': nats per word.
+    In training, tokens are masked at random, so each epoch shows a row in another form. In
+    evaluation, all words are masked, as in translation, so that the loss is reproducible.
     """
-    tokens = batch["pair"]                                                               # (B, S)
+    tokens = batch["pair"]  # (B, S)
     if model.training:
-        corrupted, labels = mask_tokens(tokens)                                          # 2 x (B, S)
+        corrupted, labels = mask_tokens(tokens, mask_share, random_share, min_rate)
     else:
-        words = (tokens >= FIRST_ORDINARY) & ((tokens == SEP).cumsum(1) > 0)             # (B, S)
-        corrupted, labels = tokens.masked_fill(words, MASK), tokens.masked_fill(~words, IGNORE_INDEX)
-    return model(corrupted, batch["pair_mask"]), labels                                  # (B, S, V), (B, S)
+        words = word_positions(tokens)
+        corrupted = tokens.masked_fill(words, MASK)
+        labels = tokens.masked_fill(~words, IGNORE_INDEX)
+    return model(corrupted, batch["pair_mask"]), labels  # (B, S, V), (B, S)
 
 
 # -------------------------------------------------------------------------------------
-# 4. Using it: fill the blanks
+# 4. Using it: fill the masks
 # -------------------------------------------------------------------------------------
 @torch.inference_mode()
-def fill_blanks(model, rows):
-    """rows: lists of tokens, some of them "<MASK>" -> the same rows with each blank replaced by the likeliest token.
+def fill_masks(model, rows):
+    """Return `rows` (lists of tokens) with each "<MASK>" replaced by the most likely token.
 
-    All blanks of a row are filled in one pass, independently: no blank knows what was put into its neighbour. That is
-    why it is fast, and why such models are poor at free text, where word two depends on the choice of word one.
-    Raises InputError for no rows or an empty one.
+    All masks of a row are filled in one pass and independently of each other. This is fast, but it
+    suits free text poorly, where the second word depends on the choice of the first.
     """
-    if not rows or not all(rows):
-        raise InputError("there is nothing to fill: give at least one row, with at least one token in each")
-    model.eval()
-    device = next(model.parameters()).device
-    tokens = pad_rows([VOCABULARY.encode(row) for row in rows], PAD).to(device)          # (B, S)
-    filled = torch.where(tokens == MASK, model(tokens).argmax(-1), tokens).tolist()      # (B, S)
+    encoded = [VOCABULARY.encode(row) for row in rows]
+    check_rows(encoded, model.vocab_size, model.max_len)
+    tokens = pad_rows(encoded, PAD).to(model.embedding.weight.device)  # (B, S)
+    with evaluation_mode(model):
+        filled = torch.where(tokens == MASK, model(tokens).argmax(-1), tokens).tolist()
     return [VOCABULARY.decode(ids[:len(row)]) for ids, row in zip(filled, rows)]
 
 
 def translate(model, sequences):
-    """Lists of digits -> lists of words: `4 0 7 <SEP> <MASK> <MASK> <MASK>`, one pass for all words of all rows.
-
-    The number of words is given away by the number of blanks. The other two models have to find out themselves.
-    """
-    if not sequences or not all(sequences):
-        raise InputError("there is nothing to translate: give at least one sequence, with at least one digit in each")
-    filled = fill_blanks(model, [[*digits, "<SEP>"] + ["<MASK>"] * len(digits) for digits in sequences])
+    """Lists of digits -> lists of words: fill `4 0 7 <SEP> <MASK> <MASK> <MASK>` in one pass."""
+    check_sequences(sequences)
+    filled = fill_masks(model, [[*digits, "<SEP>"] + ["<MASK>"] * len(digits)
+                                for digits in sequences])
     return [row[len(digits) + 1:] for row, digits in zip(filled, sequences)]
 
 
 def translate_back(model, sequences):
-    """Lists of words -> lists of digits: `<MASK> <MASK> <MASK> <SEP> four zero seven`. The same weights, the other way.
+    """Lists of words -> lists of digits: fill `<MASK> <MASK> <MASK> <SEP> four zero seven`.
 
-    A causal model trained on digits, then words, cannot be asked this: where a digit stands it has not yet seen the words.
+    A causal model trained on digits, then words, cannot do this in one pass: at the digits, it has
+    not yet read the words.
     """
-    filled = fill_blanks(model, [["<MASK>"] * len(words) + ["<SEP>", *words] for words in sequences])
+    check_sequences(sequences)
+    filled = fill_masks(model, [["<MASK>"] * len(words) + ["<SEP>", *words] for words in sequences])
     return [row[:len(words)] for row, words in zip(filled, sequences)]
-# --- end of what is new --------------------------------------------------------------
 
 
 # -------------------------------------------------------------------------------------
 # 5. Training
 # -------------------------------------------------------------------------------------
-def lr_factor(step, total_steps):
-    """What LEARNING_RATE is multiplied with in step 0, 1, ... total_steps - 1: up in a line, then down half a cosine.
+def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
+    """Return the factor for the learning rate in `step`: linear warmup, then cosine decay.
 
-    Up: Adam's averages know nothing in the first steps, and full-sized steps on them can wreck fresh weights. Down, to a
-    twentieth: a model near a minimum circles it at a distance that shrinks with the rate (Loshchilov and Hutter 2017).
+    It is 1 / warmup_steps in step 0, 1 in step warmup_steps - 1, and final_factor in the last step
+    and after it. Warmup: in the first steps, Adam's averages rest on few gradients, so its steps
+    should be small (Vaswani et al. 2017, section 5.3). Decay: smaller steps let the model settle
+    closer to a minimum (Loshchilov and Hutter 2017).
     """
-    if step < WARMUP_STEPS:
-        return (step + 1) / WARMUP_STEPS  # never 0: that would waste the first step
-    progress = (step - WARMUP_STEPS) / max(1, total_steps - WARMUP_STEPS)                # 0 ... 1
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps  # never 0, which would waste the first step
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))  # 0 to 1
+    return final_factor + (1 - final_factor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def create_optimizer(model, learning_rate, total_steps):
-    """(AdamW, scheduler) for `total_steps` steps; scheduler.step() belongs after every optimizer.step()."""
-    # fused: one kernel for all parameters instead of several per parameter. On a CPU this optimiser then takes about a
-    # fifth of the time, for the same numbers; not on Apple's MPS, where older PyTorch versions lack it.
+def create_optimizer(model, learning_rate, total_steps, warmup_steps, weight_decay=0.01):
+    """Return (AdamW, scheduler) for `total_steps` steps. Call scheduler.step() after each step."""
+    # fused: one kernel for all parameters. Older versions of PyTorch lack it for Apple's MPS.
     fused = next(model.parameters()).device.type != "mps"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, fused=fused)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, total_steps))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay,
+                                  fused=fused)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step, total_steps, warmup_steps))
+    return optimizer, scheduler
 
 
-def compute_loss(model, batch):
-    """Mean cross-entropy in nats over the positions that count. Guessing among V tokens costs ln V = 3.26."""
-    logits, labels = predict(model, batch)
+def cross_entropy(logits, labels):
+    """Return the mean cross-entropy: -log(probability of the label), in nats, over all labels.
+
+    logits (B, T, V), labels (B, T). A uniform guess among V tokens costs ln V = 3.26 nats.
+    """
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
 
 
-def train_epoch(model, loader, optimizer, scheduler, loss_function=compute_loss):
-    """Every batch of `loader` once. Returns the mean loss of the batches, each from the model as it was at the time: good
-    enough to watch it fall. Raises InputError, with the step, when the loss is no longer a number.
-    """
+def compute_loss(model, batch):
+    """Return the mean cross-entropy of one batch."""
+    return cross_entropy(*predict(model, batch))
+
+
+def train_epoch(model, loader, optimizer, scheduler, clip_norm, loss_function=compute_loss):
+    """Train on each batch of `loader` once. Returns the mean of the losses on the way."""
     model.train()
     device = next(model.parameters()).device
     total = 0.0
-    for batch in tqdm(loader, ascii=True, leave=False, disable=None):  # None: no bar where there is no terminal
+    for batch in tqdm(loader, ascii=True, leave=False, disable=None):  # no bar without a terminal
         loss = loss_function(model, to_device(batch, device))
-        check_loss(loss.item(), scheduler.last_epoch)
-        optimizer.zero_grad()  # gradients add up from call to call; forget this and each step repeats all before it
+        check_finite(loss.item(), scheduler.last_epoch)
+        optimizer.zero_grad()  # backward() adds to the gradients of the step before
         loss.backward()
-        # One odd batch can have a gradient a hundred times as long as the others. Shorten it, keep its direction.
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # limit its length, not direction
         optimizer.step()
         scheduler.step()
         total += loss.item()
@@ -477,149 +471,137 @@ def train_epoch(model, loader, optimizer, scheduler, loss_function=compute_loss)
 
 @torch.no_grad()
 def evaluate(model, loader):
-    """How good is it on `loader`'s sequences? Returns a dict:
+    """Evaluate the model on `loader`. Returns a dict with:
 
-    loss         mean cross-entropy over the positions that count
-    accuracy     share of those positions where the most likely token is right
-    exact_match  share of sequences that `translate` gets right from first to last token. This is the figure to trust: the
-                 model is used as it will be used, and one wrong token spoils the row, a missing stop too
-    examples     (digits, expected words, words written) for each sequence, the mistakes first
+    loss         mean cross-entropy over the labels
+    accuracy     fraction of labels that are the most likely token; for the two decoders, given the
+                 correct tokens before it
+    exact_match  fraction of sequences that `translate` gets correct from the first token to the
+                 last. Trust this number: one wrong token makes the sequence wrong
+    examples     (digits, expected words, written words) of each sequence, mistakes first
     """
     model.eval()
     device = next(model.parameters()).device
-    loss_sum, correct, counted, examples = 0.0, 0, 0, []
+    loss_sum, num_correct, num_labels, examples = 0.0, 0, 0, []
     for batch in loader:
         logits, labels = predict(model, to_device(batch, device))
-        counts = labels != IGNORE_INDEX                                                  # (B, T)
-        # A sum over tokens, divided once at the end. The mean of the batches' means would give the tokens of a short
-        # last batch more weight than all others.
+        counts = labels != IGNORE_INDEX  # (B, T)
+        # subtle: sum over labels and divide once. A mean of the batches' means would give the
+        # labels of a small last batch more weight.
         loss_sum += F.cross_entropy(logits[counts], labels[counts], reduction="sum").item()
-        correct += (logits.argmax(-1) == labels)[counts].sum().item()
-        counted += counts.sum().item()
+        num_correct += (logits.argmax(-1) == labels)[counts].sum().item()
+        num_labels += counts.sum().item()
         examples += zip(batch["digits"], batch["words"], translate(model, batch["digits"]))
     examples.sort(key=lambda example: example[1] == example[2])  # False sorts before True
-    right = sum(expected == written for _, expected, written in examples)
-    return {"loss": loss_sum / counted, "accuracy": correct / counted, "exact_match": right / len(examples),
-            "examples": examples}
+    num_exact = sum(expected == written for _, expected, written in examples)
+    return {"loss": loss_sum / num_labels, "accuracy": num_correct / num_labels,
+            "exact_match": num_exact / len(examples), "examples": examples}
 
 
-# --- NEW HERE: fine-tuning a classifier ----------------------------------------------
 # -------------------------------------------------------------------------------------
-# 6. What BERT is used for: a small head on a pretrained model
+# 6. What BERT is used for: a small layer on top of a pretrained model
 # -------------------------------------------------------------------------------------
-# Pretraining pays where text is plentiful and labels are rare. Here labels are plentiful too, so `main` trains the same
-# classifier on an untrained encoder beside it: look at both columns before you believe that it helped.
 class LargestDigitClassifier(nn.Module):
-    """`4 0 7` -> 7. A pretrained encoder, one vector for the whole row, one linear layer: 650 new weights at D = 64.
+    """`4 0 7` -> 7: a pretrained encoder, the mean of its vectors, and one linear layer.
 
         4   0   7  <PAD>          tokens
-        v4  v0  v7   -            what the encoder makes of them, a vector each
-        (v4 + v0 + v7) / 3        one vector: the mean over real tokens
-        logits for 0 ... 9        the head
+        v4  v0  v7   -            their vectors after the encoder
+        (v4 + v0 + v7) / 3        the mean over the real tokens
+        logits for 0 ... 9        the new layer, 650 weights at D = 64
 
-    Departs from Devlin et al. 2019, who read the vector of an extra [CLS] token: here the vectors of all real tokens
-    are averaged, which needs no extra token and shows a mistake worth knowing (see `forward`).
+    Devlin et al. 2019 use the vector of an extra [CLS] token instead of the mean.
     """
 
     def __init__(self, encoder, num_classes=10):
         super().__init__()
-        # A copy: fine-tuning changes the encoder too, and the original should still be able to fill blanks.
-        self.encoder = copy.deepcopy(encoder)
+        self.encoder = copy.deepcopy(encoder)  # fine-tuning changes the encoder; keep the original
         self.head = nn.Linear(encoder.arguments["d_model"], num_classes)
 
     def forward(self, tokens, mask=None):
-        """tokens (B, S) -> logits (B, 10)."""
+        """tokens (B, S) -> logits (B, 10)"""
         if mask is None:
-            mask = padding_mask(tokens)                                                  # (B, 1, 1, S)
-        hidden, _ = self.encoder.encode(tokens, mask)                                    # (B, S, D)
-        real = mask[:, 0, 0, :, None]                                                    # (B, S, 1)
-        # subtle: hidden.mean(1) would average the padding too. Then what a row is answered depends on how long its
-        # neighbours in the batch happen to be. Nothing crashes, and the score stays at 100 %: only a test finds it.
-        pooled = (hidden * real).sum(1) / real.sum(1)                                    # (B, D)
-        return self.head(pooled)                                                         # (B, 10)
+            mask = padding_mask(tokens)  # (B, 1, 1, S)
+        hidden, _ = self.encoder.encode(tokens, mask)  # (B, S, D)
+        real = mask[:, 0, 0, :, None]  # (B, S, 1)
+        # subtle: hidden.mean(1) would average over the padding too. The answer for a row would
+        # then depend on the length of the other rows in its batch.
+        pooled = (hidden * real).sum(1) / real.sum(1)  # (B, D)
+        return self.head(pooled)  # (B, 10)
 
 
 def classifier_loss(classifier, batch):
-    """Mean cross-entropy in nats of the largest digit. Of five digits the largest is a 9 in four rows of ten."""
+    """Return the mean cross-entropy of the largest digit."""
     return F.cross_entropy(classifier(batch["source"], batch["source_mask"]), batch["largest"])
 
 
 @torch.no_grad()
 def evaluate_classifier(classifier, loader):
-    """Share of `loader`'s sequences whose largest digit is named."""
+    """Return the fraction of `loader`'s sequences whose largest digit is predicted."""
     classifier.eval()
     device = next(classifier.parameters()).device
-    right = 0
+    num_correct = 0
     for batch in loader:
-        on_device = to_device(batch, device)
-        guesses = classifier(on_device["source"], on_device["source_mask"]).argmax(-1)   # (B,)
-        right += (guesses == on_device["largest"]).sum().item()
-    return right / len(loader.dataset)
-# --- end of what is new --------------------------------------------------------------
+        rows = to_device(batch, device)
+        predictions = classifier(rows["source"], rows["source_mask"]).argmax(-1)  # (B,)
+        num_correct += (predictions == rows["largest"]).sum().item()
+    return num_correct / len(loader.dataset)
 
 
 # -------------------------------------------------------------------------------------
 # 7. Looking inside
 # -------------------------------------------------------------------------------------
 @torch.inference_mode()
-def show_blank(model, text):
-    """Print the model's five best guesses for the first <MASK> in `text`; there must be one.
-
-    The guesses are a softmax over all 26 tokens: nothing tells the model that on this side only digits make sense. That
-    it gives special tokens and the other side's words next to no probability, it has learned.
-    """
+def show_predictions(model, text):
+    """Print the five most likely tokens at the first <MASK> in `text`."""
     model.eval()
-    tokens = torch.tensor([VOCABULARY.encode(text)], device=next(model.parameters()).device)  # (1, S)
+    tokens = torch.tensor([VOCABULARY.encode(text)], device=model.embedding.weight.device)  # (1, S)
     position = tokens[0].tolist().index(MASK)
-    probabilities = torch.softmax(model(tokens)[0, position], -1)                        # (V,)
+    probabilities = torch.softmax(model(tokens)[0, position], -1)  # (V,)
     best = probabilities.topk(5)
-    guesses = [f"{VOCABULARY.tokens[i]} {p:.1%}" for p, i in zip(best.values.tolist(), best.indices.tolist())]
-    print(f"  {text:34s} {'   '.join(guesses)}")
+    print(f"  {text:34s} " + "   ".join(
+        f"{VOCABULARY.tokens[i]} {p:.1%}"
+        for p, i in zip(best.values.tolist(), best.indices.tolist())))
 
 
 @torch.inference_mode()
-def alignment(model, loader):
-    """For each layer and head: how often a blank word looks most at the digit it stands for. (layers, heads), 0..1.
+def attention_of_masks(model, row):
+    """Return what the masked tokens of `row` attend to: weights (layers, H, M, S).
 
-    Over all words of `loader`, all words blank. Expect the last layer to do the looking: where a blank has to look depends
-    on how many digits there are, and that it must find out first. One layer is therefore not enough (NUM_LAYERS = 1).
+    And the positions of the tokens on the other side: mask number i stands for token number i.
     """
     model.eval()
-    device = next(model.parameters()).device
-    hits, total = 0, 0
-    for batch in loader:
-        tokens = batch["pair"].to(device)                                                # (B, S)
-        is_word = (tokens >= FIRST_ORDINARY) & ((tokens == SEP).cumsum(1) > 0)           # (B, S)
-        _, all_weights = model.encode(tokens.masked_fill(is_word, MASK), need_weights=True)
-        looked_at = torch.stack(all_weights).argmax(-1)                                  # (layers, B, H, S)
-        # In a row of n digits, word number i stands n + 1 places behind digit number i:  4 0 7 <SEP> four: 0 and 4.
-        digits = (tokens == SEP).int().argmax(1, keepdim=True)                           # (B, 1) = n
-        expected = torch.arange(tokens.size(1), device=device) - digits - 1              # (B, S)
-        hit = (looked_at == expected[:, None]) & is_word[:, None]                        # (layers, B, H, S)
-        hits = hits + hit.sum((1, 3))                                                    # (layers, H)
-        total += is_word.sum().item()
-    return hits / total                                                                  # (layers, H)
+    masked = [i for i, token in enumerate(row) if token == "<MASK>"]
+    others = [i for i, token in enumerate(row) if token not in ("<MASK>", "<SEP>")]
+    tokens = torch.tensor([VOCABULARY.encode(row)], device=model.embedding.weight.device)  # (1, S)
+    weights = torch.stack(model.encode(tokens)[1])[:, 0]  # (layers, H, S, S)
+    return weights[:, :, masked].cpu(), others
 
 
-@torch.inference_mode()
-def show_attention(model, loader, digits):
-    """Print which digit each blank word of `digits` looks at, in the head where words follow their digits most.
+def alignment(model, sequences):
+    """For each layer and head: how often does a masked word attend most to its own digit?
 
-    That head was picked because it shows the pattern; the table of all heads is printed first, so that you see what was
-    picked from. Attention weights say where a layer has looked, not what it has understood (Jain and Wallace 2019).
+    sequences: lists of digits, whose words are all masked. Returns fractions (layers, H).
     """
-    shares = alignment(model, loader)                                                    # (layers, H)
-    layer, head = divmod(shares.argmax().item(), shares.size(1))
-    print("  share of unseen words whose blank looks most at its own digit, for each layer and head:")
-    for number, row in enumerate(shares.tolist()):
-        print(f"    layer {number}   " + "   ".join(f"head {h}: {share:6.1%}" for h, share in enumerate(row)))
-    row = [*digits, "<SEP>"] + ["<MASK>"] * len(digits)
-    tokens = torch.tensor([VOCABULARY.encode(row)], device=next(model.parameters()).device)  # (1, S)
-    weights = model.encode(tokens, need_weights=True)[1][layer][0, head]                 # (S, S)
-    print(f"  layer {layer}, head {head}; rows ask, columns are asked, each row sums to 1:")
-    print(" " * 14 + "".join(f"{token:>8s}" for token in row))
-    for i in range(len(digits) + 1, len(row)):
-        print(f"  {'blank ' + str(i - len(digits)):12s}" + "".join(f"{weight:8.2f}" for weight in weights[i].tolist()))
+    hits, total = 0, 0
+    for digits in sequences:
+        weights, others = attention_of_masks(model, [*digits, "<SEP>"] + ["<MASK>"] * len(digits))
+        hits = hits + (weights.argmax(-1) == torch.tensor(others)).sum(-1)  # (layers, H)
+        total += len(digits)
+    return hits / total
+
+
+def show_attention(model, row):
+    """Print what the masked tokens of `row` attend to.
+
+    It shows the layer and head with the best pattern: mask number i gives most weight to token
+    number i of the other side. Attention weights show where a layer looked, not why (Jain and
+    Wallace 2019).
+    """
+    weights, others = attention_of_masks(model, row)  # (layers, H, M, S)
+    own = weights[..., others].diagonal(dim1=-2, dim2=-1).mean(-1)  # (layers, H)
+    layer, head = divmod(own.argmax().item(), own.size(1))
+    print(f"  layer {layer}, head {head}; rows are queries, columns are keys; each row sums to 1:")
+    print_attention(weights[layer, head], [f"<MASK> {n + 1}" for n in range(len(others))], row)
 
 
 # -------------------------------------------------------------------------------------
@@ -631,56 +613,83 @@ def main():
     torch.set_num_threads(NUM_THREADS)
     device = choose_device(DEVICE)
     train_loader, val_loader = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED)
-    model = EncoderOnlyTransformer(len(VOCABULARY), D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF, DROPOUT,
-                                   max_len=max(64, 2 * MAX_DIGITS + 1)).to(device)
-    print(f"encoder-only: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train_loader.dataset)} "
-          f"sequences to train on, {len(val_loader.dataset)} unseen ones to be measured on")
+    model = EncoderOnlyTransformer(len(VOCABULARY), D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF,
+                                   DROPOUT).to(device)
+    print(f"encoder-only: {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{len(train_loader.dataset)} training and {len(val_loader.dataset)} held-out sequences")
 
-    print("\n1. Pretraining: fill the blanks (validation: all words blank)")
-    optimizer, scheduler = create_optimizer(model, LEARNING_RATE, NUM_EPOCHS * len(train_loader))
+    def pretraining_loss(model, batch):
+        return cross_entropy(*predict(model, batch, MASK_SHARE, RANDOM_SHARE, MIN_MASKING_RATE))
+
+    print("\n1. Pretraining: predict the masked tokens (validation: all words masked)")
+    optimizer, scheduler = create_optimizer(model, LEARNING_RATE, NUM_EPOCHS * len(train_loader),
+                                            WARMUP_STEPS)
     for epoch in range(1, NUM_EPOCHS + 1):
-        train_loss = train_epoch(model, train_loader, optimizer, scheduler)
+        train_loss = train_epoch(model, train_loader, optimizer, scheduler, CLIP_NORM,
+                                 pretraining_loss)
         result = evaluate(model, val_loader)
-        print(f"  epoch {epoch:2d}   train loss {train_loss:.4f}   validation loss {result['loss']:.4f}   "
-              f"exact match {result['exact_match']:6.1%}")
-    digits = [list(sequence) for sequence, _, _ in result["examples"]]
-    words = [expected for _, expected, _ in result["examples"]]
-    backwards = translate_back(model, words)
-    back_score = sum(a == b for a, b in zip(backwards, digits)) / len(digits)
+        print(f"  epoch {epoch:2d}   train loss {train_loss:.4f}   "
+              f"validation loss {result['loss']:.4f}   exact match {result['exact_match']:6.1%}")
+    save_model(model, CHECKPOINTS / "encoder_only.pt")
 
-    print("\n2. Fine-tuning: which is the largest number? Beside it, the same from an untrained encoder")
+    print("\n2. Fine-tuning: which is the largest digit? Pretrained, and from scratch")
     untrained = EncoderOnlyTransformer(**model.arguments).to(device)
     classifiers = [LargestDigitClassifier(encoder).to(device) for encoder in (model, untrained)]
-    optimizers = [create_optimizer(c, FINETUNE_LEARNING_RATE, FINETUNE_EPOCHS * len(train_loader)) for c in classifiers]
+    optimizers = [create_optimizer(classifier, FINETUNE_LEARNING_RATE,
+                                   FINETUNE_EPOCHS * len(train_loader), WARMUP_STEPS)
+                  for classifier in classifiers]
     for epoch in range(1, FINETUNE_EPOCHS + 1):
-        losses, scores = [], []
+        scores = []
         for classifier, (optimizer, scheduler) in zip(classifiers, optimizers):
-            losses.append(train_epoch(classifier, train_loader, optimizer, scheduler, classifier_loss))
+            train_epoch(classifier, train_loader, optimizer, scheduler, CLIP_NORM, classifier_loss)
             scores.append(evaluate_classifier(classifier, val_loader))
-        print(f"  epoch {epoch:2d}   pretrained: train loss {losses[0]:.4f}, right {scores[0]:6.1%}   "
-              f"untrained: train loss {losses[1]:.4f}, right {scores[1]:6.1%}")
+        print(f"  epoch {epoch:2d}   correct: pretrained {scores[0]:6.1%}, "
+              f"from scratch {scores[1]:6.1%}")
 
-    print("\n3. One blank, five best guesses")
+    digits = [digits for digits, _, _ in result["examples"]]
+    words = [words for _, words, _ in result["examples"]]
     example = max(digits, key=len)
+    print("\n3. One masked token, its five most likely tokens")
     pair = example + ["<SEP>"] + translate(model, [example])[0]
-    for hidden in (1, len(example) + 2):
-        if hidden < len(pair):
-            show_blank(model, " ".join(pair[:hidden] + ["<MASK>"] + pair[hidden + 1:]))
+    for hidden in (0, len(example) + 1):
+        show_predictions(model, " ".join(pair[:hidden] + ["<MASK>"] + pair[hidden + 1:]))
 
-    print("\n4. Who looks at whom")
-    show_attention(model, val_loader, example)
+    print("\n4. What masked words attend to")
+    print("  fraction of held-out words that attend most to their own digit, per layer and head:")
+    for layer, row in enumerate(alignment(model, digits).tolist()):
+        print(f"    layer {layer}   " + "   ".join(f"head {h}: {share:6.1%}"
+                                                  for h, share in enumerate(row)))
+    show_attention(model, [*example, "<SEP>"] + ["<MASK>"] * len(example))
 
-    print("\n5. Examples, none of them seen in training, mistakes first")
+    print("\n5. Held-out examples, mistakes first")
     print_examples(result["examples"])
-    print("  and backwards")
-    print_examples(sorted(zip(words, digits, backwards), key=lambda e: e[1] == e[2]), 2)
+    print("  and back")
+    back = translate_back(model, words)
+    print_examples(sorted(zip(words, digits, back), key=lambda e: e[1] == e[2]), 2)
 
-    print(f"\nResult on {len(digits)} unseen sequences")
-    print(f"  digits to words, all blanks in one pass (told how many)   exact match {result['exact_match']:6.1%}")
-    print(f"  words to digits, the same weights                         exact match {back_score:6.1%}")
-    print(f"  which is the largest number?                              right       {scores[0]:6.1%}")
-    report_saved(model, CHECKPOINTS / "encoder_only.pt")
+    print(f"\nResult on {len(digits)} held-out sequences")
+    print("  digits to words, all masks in one pass (length given)   exact match "
+          f"{result['exact_match']:6.1%}")
+    print("  words to digits, the same weights                       exact match "
+          f"{exact_match(back, digits):6.1%}")
+    print("  which is the largest digit?                             correct     "
+          f"{scores[0]:6.1%}")
+
+
+def answer(tokens):
+    """Translate `tokens`, typed after the script's name, with the saved model."""
+    known = WORDS if tokens[0] in WORDS else DIGITS
+    check_known(tokens, known, "python encoder_only.py 4 0 7")
+    model = EncoderOnlyTransformer.load(CHECKPOINTS / "encoder_only.pt", choose_device(DEVICE))
+    masks = ["<MASK>"] * len(tokens)
+    if known is DIGITS:
+        row, written = [*tokens, "<SEP>", *masks], translate(model, [tokens])[0]
+    else:
+        row, written = [*masks, "<SEP>", *tokens], translate_back(model, [tokens])[0]
+    print(f"{' '.join(tokens)}  ->  {' '.join(written)}")
+    print("The output length was given: one <MASK> per token.")
+    show_attention(model, row)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, answer)

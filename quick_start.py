@@ -3,23 +3,27 @@ quick_start.py - three transformers, trained in front of you, on one task
 
 Digits in, words out:   4 0 7  ->  four zero seven
 
-All three learn from the same sequences and are measured on the same others, which none of them has seen: the share that
-comes out right from first to last word, written freely, the stop included.
+All three models learn from the same sequences. They are scored by exact match on the same held-out
+sequences: the fraction that is correct from the first word to the last. The two decoders must also
+predict <EOS> in the right place. The models are saved to checkpoints/, over those of earlier runs.
 
 Run it:     python quick_start.py        (about 15 seconds on one CPU core)
 
 The last lines should be close to:
 
-    Result on 599 unseen sequences. Passes: through a stack of layers, to translate 5 digits
+    Result on 601 held-out sequences. Passes: through a stack of layers, to translate 5 digits
     architecture        parameters   seconds  passes  exact match
     encoder-only           101,786       3.8       1       100.0%
     decoder-only           101,760       3.6       6       100.0%
     encoder-decoder        235,392       5.2       7        99.8%
-    The encoder-only model is told how many words to write, one blank a digit; the other two decide to stop.
+    The encoder-only model is given the output length, one <MASK> per digit.
 
-WHAT TO READ NEXT   toy_dataset.py (the task), then encoder_only.py, decoder_only.py or encoder_decoder.py: each stands
-alone, from attention to the trained model.
+(6 passes: five words and <EOS>. 7 passes: these and one through the encoder.)
+
+WHAT TO READ NEXT   attention_by_hand.py (one query and three keys), tiny_gpt.py (a whole GPT on one
+screen), toy_dataset.py (the task), encoder_only.py, decoder_only.py, encoder_decoder.py.
 """
+import functools
 import time
 
 import torch
@@ -27,24 +31,26 @@ import torch
 import decoder_only
 import encoder_decoder
 import encoder_only
-from toy_dataset import (CHECKPOINTS, VOCABULARY, check_constants, choose_device, create_dataloaders, print_examples,
-                         report_saved, run_script)
+from housekeeping import CHECKPOINTS, check_constants, choose_device, run_script, save_model
+from toy_dataset import VOCABULARY, create_dataloaders, print_examples
 
 # =====================================================================================
 # CONSTANTS - change one, run again
 # =====================================================================================
-D_MODEL = 64             # width of a token's vector, in all three. Try 32: smaller and faster; still right?
+D_MODEL = 64             # size of a token's vector, in all three models
 NUM_HEADS = 4            # must divide D_MODEL
 NUM_LAYERS = 2           # the encoder-decoder has as many in each of its two stacks
-D_FF = 256               # inner width of the feed-forward
-DROPOUT = 0.0            # share of activations set to 0 in training. Try 0.1: who still learns in so few steps?
-NUM_SAMPLES = 6000       # distinct sequences; one in ten is held out. Try 600: who gets by with little data?
+D_FF = 256               # hidden size of the feed-forward network
+DROPOUT = 0.0            # fraction of activations set to 0 in training
+NUM_SAMPLES = 6000       # distinct sequences; one in ten is held out
 MAX_DIGITS = 5           # longest sequence
-BATCH_SIZE = 32          # rows per step. Small batches make many steps of little data
-LEARNING_RATE = 3e-3     # peak, after a short warm-up
+BATCH_SIZE = 32          # rows per step
+LEARNING_RATE = 3e-3     # at its peak
+WARMUP_STEPS = 40        # steps in which the learning rate rises to its peak
+CLIP_NORM = 1.0          # maximum length of the gradient
 NUM_EPOCHS = 3           # passes over the data, 169 steps each. Try 1: here they differ.
 SEED = 0                 # Try 1.
-NUM_EXAMPLES = 4         # shown for each architecture, the mistakes first
+NUM_EXAMPLES = 4         # shown per architecture, mistakes first
 DEVICE = "cpu"           # or "cuda", "mps"
 NUM_THREADS = 1          # CPU threads
 # =====================================================================================
@@ -52,25 +58,24 @@ NUM_THREADS = 1          # CPU threads
 ARCHITECTURES = {
     "encoder-only": (encoder_only, encoder_only.EncoderOnlyTransformer, "encoder_only.pt"),
     "decoder-only": (decoder_only, decoder_only.DecoderOnlyTransformer, "decoder_only.pt"),
-    "encoder-decoder": (encoder_decoder, encoder_decoder.EncoderDecoderTransformer, "encoder_decoder.pt"),
+    "encoder-decoder": (encoder_decoder, encoder_decoder.EncoderDecoderTransformer,
+                        "encoder_decoder.pt"),
 }
 
 
-def count_passes(model, script, sequences):
-    """How often `script.translate` runs `model`'s layers for these sequences: measured, by counting the calls."""
-    calls = 0
+def count_passes(model, run):
+    """Return how often `run()` sends something through a stack of layers of `model`.
 
-    def count(*_):
-        nonlocal calls
-        calls += 1
-
-    # The last norm of a stack runs once in every pass through that stack. The encoder-decoder has two stacks.
-    norms = [model.final_norm] + ([model.encoder_norm] if hasattr(model, "encoder_norm") else [])
-    handles = [norm.register_forward_hook(count) for norm in norms]
-    script.translate(model, sequences)
+    It counts the calls of each stack's last norm. The encoder-decoder has two stacks.
+    """
+    calls = []
+    names = ("final_norm", "encoder_norm")
+    norms = [getattr(model, name) for name in names if hasattr(model, name)]
+    handles = [norm.register_forward_hook(lambda *_: calls.append(1)) for norm in norms]
+    run()
     for handle in handles:
         handle.remove()
-    return calls
+    return len(calls)
 
 
 def main():
@@ -80,36 +85,40 @@ def main():
     rows, examples = [], {}
     for name, (script, model_class, file) in ARCHITECTURES.items():
         torch.manual_seed(SEED)
-        # Built anew for each from the same seed: the same sequences, and the batches in the same order.
+        # The same seed for each: the same sequences, and batches in the same order.
         train_loader, val_loader = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED)
-        model = model_class(len(VOCABULARY), D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF, DROPOUT,
-                            max_len=max(64, 2 * MAX_DIGITS + 3)).to(device)
-        print(f"\n{name}: {len(train_loader.dataset)} sequences to train on, {len(val_loader.dataset)} unseen ones")
-        optimizer, scheduler = script.create_optimizer(model, LEARNING_RATE, NUM_EPOCHS * len(train_loader))
+        model = model_class(len(VOCABULARY), D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF,
+                            DROPOUT).to(device)
+        print(f"\n{name}: {len(train_loader.dataset)} training and {len(val_loader.dataset)} "
+              "held-out sequences")
+        optimizer, scheduler = script.create_optimizer(
+            model, LEARNING_RATE, NUM_EPOCHS * len(train_loader), WARMUP_STEPS)
         start = time.perf_counter()
         for epoch in range(1, NUM_EPOCHS + 1):
-            loss = script.train_epoch(model, train_loader, optimizer, scheduler)
+            loss = script.train_epoch(model, train_loader, optimizer, scheduler, CLIP_NORM)
             result = script.evaluate(model, val_loader)
-            print(f"  epoch {epoch}   train loss {loss:.4f}   validation loss {result['loss']:.4f}   "
-                  f"exact match {result['exact_match']:6.1%}")
+            print(f"  epoch {epoch}   train loss {loss:.4f}   validation loss {result['loss']:.4f}"
+                  f"   exact match {result['exact_match']:6.1%}")
         seconds = time.perf_counter() - start
-        longest = max((digits for digits, _, _ in result["examples"]), key=len)
-        rows.append((name, sum(p.numel() for p in model.parameters()), seconds,
-                     count_passes(model, script, [longest]), result["exact_match"]))
+        save_model(model, CHECKPOINTS / file)
         examples[name] = result["examples"]
-        report_saved(model, CHECKPOINTS / file)
+        longest = max((digits for digits, _, _ in result["examples"]), key=len)
+        passes = count_passes(model, functools.partial(script.translate, model, [longest]))
+        rows.append((name, sum(p.numel() for p in model.parameters()), seconds, passes,
+                     result["exact_match"]))
 
-    print("\nExamples that none of them has seen in training, mistakes first")
+    print("\nHeld-out examples, mistakes first")
     for name, shown in examples.items():
         print(f" {name}")
         print_examples(shown, NUM_EXAMPLES)
 
-    print(f"\nResult on {len(examples[name])} unseen sequences. Passes: through a stack of layers, to translate "
-          f"{len(longest)} digits")
-    print(f"{'architecture':18s}{'parameters':>12s}{'seconds':>10s}{'passes':>8s}{'exact match':>13s}")
+    print(f"\nResult on {len(examples[name])} held-out sequences. Passes: through a stack of "
+          f"layers, to translate {len(longest)} digits")
+    print(f"{'architecture':18s}{'parameters':>12s}{'seconds':>10s}{'passes':>8s}"
+          f"{'exact match':>13s}")
     for name, parameters, seconds, passes, exact_match in rows:
         print(f"{name:18s}{parameters:12,d}{seconds:10.1f}{passes:8d}{exact_match:13.1%}")
-    print("The encoder-only model is told how many words to write, one blank a digit; the other two decide to stop.")
+    print("The encoder-only model is given the output length, one <MASK> per digit.")
 
 
 if __name__ == "__main__":

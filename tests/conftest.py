@@ -1,4 +1,5 @@
-"""What the tests share: random models whose guesses are far from uniform, and a way to run a script as a user does."""
+"""What the tests share: random models, and a way to run a script as a user does."""
+
 import atexit
 import functools
 import os
@@ -15,12 +16,19 @@ import torch
 import decoder_only
 import encoder_decoder
 import encoder_only
-from toy_dataset import run_script
+from housekeeping import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"encoder_only": encoder_only, "decoder_only": decoder_only, "encoder_decoder": encoder_decoder}
-MODELS = {"encoder_only": encoder_only.EncoderOnlyTransformer, "decoder_only": decoder_only.DecoderOnlyTransformer,
-          "encoder_decoder": encoder_decoder.EncoderDecoderTransformer}
+SCRIPTS = {
+    "encoder_only": encoder_only,
+    "decoder_only": decoder_only,
+    "encoder_decoder": encoder_decoder,
+}
+MODELS = {
+    "encoder_only": encoder_only.EncoderOnlyTransformer,
+    "decoder_only": decoder_only.DecoderOnlyTransformer,
+    "encoder_decoder": encoder_decoder.EncoderDecoderTransformer,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +38,20 @@ def one_thread_and_a_fixed_seed():
 
 
 def random_model(name, **arguments):
-    """An untrained model in float64 and evaluation mode, made opinionated. With the small embeddings that training starts
-    from, all tokens are about equally likely; with tied ones, the likeliest is the one just read, for ever. Either way
-    a test could not tell a right choice from a wrong one."""
-    options = {"d_model": 16, "num_heads": 2, "num_layers": 2, "d_ff": 32, "max_len": 64, **arguments}
+    """An untrained model in float64 and evaluation mode, with predictions far from uniform.
+
+    With the small embeddings that training starts from, all tokens are about equally likely. With
+    tied weights, the token just read is the most likely. In both cases, a test could not tell a
+    correct choice from a wrong one.
+    """
+    options = {
+        "d_model": 16,
+        "num_heads": 2,
+        "num_layers": 2,
+        "d_ff": 32,
+        "max_len": 64,
+        **arguments,
+    }
     model = MODELS[name](**options).double().eval()
     with torch.no_grad():
         model.embedding.weight.normal_(std=0.6)
@@ -42,7 +60,7 @@ def random_model(name, **arguments):
 
 
 class Workplace:
-    """A copy of the scripts in a folder of its own, so that a test can change constants and leave no trace."""
+    """A copy of the scripts in which a test can change constants and leave no trace."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -53,21 +71,30 @@ class Workplace:
         path = self.folder / f"{script}.py"
         source = path.read_text(encoding="utf-8")
         for name, value in constants.items():
-            source, found = re.subn(rf"^{name} = .*$", f"{name} = {value}", source, flags=re.MULTILINE)
+            source, found = re.subn(
+                rf"^{name} = .*$", f"{name} = {value}", source, flags=re.MULTILINE
+            )
             assert found == 1, f"{script}.py has no constant {name}"
         path.write_text(source, encoding="utf-8")
 
-    def run(self, script, timeout=600, **environment):
+    def run(self, script, *words, timeout=600, **environment):
         """Run it as a user does, but with a console that prints ASCII only and no display."""
         env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
         env.update(PYTHONIOENCODING="ascii", **environment)
-        return subprocess.run([sys.executable, f"{script}.py"], cwd=self.folder, env=env, capture_output=True,
-                              text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+        return subprocess.run(
+            [sys.executable, f"{script}.py", *words],
+            cwd=self.folder,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+        )
 
 
 @functools.cache
 def finished(script):
-    """(Workplace, CompletedProcess) of `script`, run as it is from a clean checkout, once for all tests of this process."""
+    """(Workplace, CompletedProcess) of `script`, run once for all tests of this process."""
     folder = Path(tempfile.mkdtemp(prefix=f"{script}_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     place = Workplace(folder)
@@ -75,40 +102,47 @@ def finished(script):
 
 
 def run_of(script, *more):
-    """The id of a test that looks at what `finished(script)` printed. Tests whose ids start alike go to one process."""
+    """The id of a test that uses `finished(script)`. Tests with such an id share a process."""
     return "-".join([f"run_of_{script}", *map(str, more)])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """One script is run once for all tests that look at its output, so these have to meet in one process. (xdist_group would
-    say the same, but pytest-xdist 3.8 does not see that mark under pytest 9.2.)"""
+    """Let the tests that use one run of a script share a process, so that the script runs once.
+
+    (The mark xdist_group says the same, but pytest-xdist 3.8 does not see it under pytest 9.2.)
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class BySharedRun(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             shared = re.search(r"\[(run_of_\w+)", nodeid)
             return shared[1] if shared else nodeid
+
     return BySharedRun(config, log)
 
 
 def last_lines_as_promised(script, printed, to_the_letter=False):
-    """Does `printed` end with what the docstring at the top of the script promises, but for the numbers?"""
+    """Does `printed` end as the docstring of the script promises, except for the numbers?"""
     docstring = (ROOT / f"{script}.py").read_text(encoding="utf-8").split('"""')[1]
     block = re.search(r"last lines should be[^\n]*:\n\n((?:    .*\n)+)", docstring)[1]
     promised = [line[4:] for line in block.splitlines()]
-    last = printed.splitlines()[-len(promised):]
+    last = printed.splitlines()[-len(promised) :]
     if to_the_letter:
         return last == promised
 
     def without_numbers(line):
         return re.sub(r"[\d.,]+", "#", re.sub(r"\s+", " ", line.strip()))
+
     return [without_numbers(line) for line in last] == [without_numbers(line) for line in promised]
 
 
 def refused(script, monkeypatch, capsys, **constants):
-    """Run the main() of module `script` with these constants as `run_script` does. It must end with exit code 2 and one
-    line, before anything else is printed; that line is returned."""
+    """Run the main() of module `script` with these constants, and return its one line of error.
+
+    It must end with exit code 2 before it prints anything else.
+    """
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
     for name, value in constants.items():
         assert hasattr(script, name)
         monkeypatch.setattr(script, name, value)

@@ -1,9 +1,10 @@
-"""Kill train_all.py at random moments with SIGKILL, run it again each time: does it end with the same weights?
+"""Kill train_all.py at random moments and resume it: does it end with the same weights?
 
     python tests/kill_and_resume.py 20            (about 4 minutes; prints a row a kill)
 
 Not collected by pytest, which has a shorter version of it in test_train_all.py.
 """
+
 import random
 import subprocess
 import sys
@@ -20,41 +21,58 @@ FILES = ["encoder_only.pt", "decoder_only.pt", "encoder_decoder.pt"]
 
 
 def weights(folder):
-    return [torch.load(folder / "checkpoints" / file, weights_only=True)["weights"] for file in FILES]
+    return [
+        torch.load(folder / "checkpoints" / file, weights_only=True)["weights"] for file in FILES
+    ]
 
 
 def same_bits(one, other):
-    return all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(one, other))
+    return all(
+        a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(one, other)
+    )
 
 
 def kill_and_resume(reference, victim, kills, longest, seed=0):
-    """Run `reference` (a Workplace) whole and `victim` with `kills` kills. True if they end with the same bits."""
+    """Run `reference` once, and `victim` with `kills` kills. True if the bits are the same."""
     whole = reference.run("train_all", timeout=900)
     assert whole.returncode == 0, whole.stderr
     rng = random.Random(seed)
     for number in range(kills):
-        process = subprocess.Popen([sys.executable, "-u", "train_all.py"], cwd=victim.folder, stdout=subprocess.PIPE,
-                                   text=True)
-        first = process.stdout.readline().strip()  # printed when it has found its place, or that there is none
+        process = subprocess.Popen(
+            [sys.executable, "-u", "train_all.py"],
+            cwd=victim.folder,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        first = (
+            process.stdout.readline().strip()
+        )  # printed when it has found its place, or that there is none
         delay = rng.uniform(0, longest)
         time.sleep(delay)
         finished = process.poll() is not None
         process.kill()
         process.communicate()
-        print(f"kill {number + 1:2d}   after {delay:5.2f} s   {'had finished' if finished else first}", flush=True)
+        print(
+            f"kill {number + 1:2d}   after {delay:5.2f} s   {'finished' if finished else first}",
+            flush=True,
+        )
         if finished:
             break
     last = victim.run("train_all", timeout=900)
     assert last.returncode == 0, last.stderr
     print(f"last run      {last.stdout.splitlines()[0]}")
-    assert not list((victim.folder / "runs").glob("*.tmp")) and not (victim.folder / "runs" / "unfinished.pt").exists()
+    assert (
+        not list((victim.folder / "runs").glob("*.tmp"))
+        and not (victim.folder / "runs" / "unfinished.pt").exists()
+    )
     return same_bits(weights(reference.folder), weights(victim.folder))
 
 
 def main():
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
-        # From before the first save to well after it, and 20 of them spread over all three trainings.
+        # From before the first save to well after it, and 20 of them spread over all three
+        # trainings.
         same = kill_and_resume(Workplace(Path(one)), Workplace(Path(other)), kills, longest=9.0)
     print(f"{kills} kills: the weights are {'the same to the last bit' if same else 'DIFFERENT'}")
     sys.exit(not same)

@@ -1,4 +1,5 @@
 """The blocks: equal to PyTorch's own, and honest about masks."""
+
 import math
 
 import pytest
@@ -8,7 +9,9 @@ from torch import nn
 import decoder_only
 import encoder_decoder
 import encoder_only
+from attention_by_hand import multi_head_attention
 from conftest import SCRIPTS
+from train_all import use_fused_attention
 
 B, S, T, D, H = 3, 5, 4, 16, 4
 
@@ -33,30 +36,50 @@ def key_padding():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
 @torch.no_grad()
-def test_attention_equals_torch_multihead_attention(script, need_weights):
+def test_attention_equals_torch_multihead_attention(script, fused):
     ours = random_weights(SCRIPTS[script].MultiHeadAttention(D, H))
     theirs = nn.MultiheadAttention(D, H, batch_first=True).double().eval()
     copy_attention(ours, theirs)
     x, memory = torch.randn(B, T, D).double(), torch.randn(B, S, D).double()
     real = key_padding()
-    out, weights = ours(x, *ours.keys_values(memory), real[:, None, None, :], need_weights)
+    if fused:
+        use_fused_attention(ours)
+    out, weights = ours(x, memory, real[:, None, None, :])
     # PyTorch's own class means the opposite by True, hence the ~.
-    expected, expected_weights = theirs(x, memory, memory, key_padding_mask=~real, average_attn_weights=False)
+    expected, expected_weights = theirs(
+        x, memory, memory, key_padding_mask=~real, average_attn_weights=False
+    )
     torch.testing.assert_close(out, expected, atol=1e-10, rtol=0)
-    if need_weights:
-        torch.testing.assert_close(weights, expected_weights, atol=1e-10, rtol=0)
-    else:
+    if fused:
         assert weights is None
+    else:
+        torch.testing.assert_close(weights, expected_weights, atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
+def test_the_last_stage_of_attention_by_hand_is_the_multi_head_attention():
+    ours = random_weights(encoder_only.MultiHeadAttention(D, H))
+    x, memory = torch.randn(B, T, D).double(), torch.randn(B, S, D).double()
+    mask = torch.rand(T, S) < 0.6
+    mask[:, 0] = True
+    projections = [ours.w_q, ours.w_k, ours.w_v, ours.w_o]
+    by_hand = multi_head_attention(x, memory, projections, H, mask)
+    for one, other in zip(by_hand, ours(x, memory, mask)):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("script", ["encoder_only", "encoder_decoder"])
 @torch.no_grad()
 def test_encoder_layer_equals_torch_transformer_encoder_layer(script):
     ours = random_weights(SCRIPTS[script].EncoderLayer(D, H, 32))
-    theirs = nn.TransformerEncoderLayer(D, H, 32, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
-    theirs = theirs.double().train()  # dropout is 0; evaluation mode would take a shortcut of its own
+    theirs = nn.TransformerEncoderLayer(
+        D, H, 32, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
+    theirs = (
+        theirs.double().train()
+    )  # dropout is 0; evaluation mode would take a shortcut of its own
     copy_attention(ours.attention, theirs.self_attn)
     theirs.norm1.load_state_dict(ours.norm1.state_dict())
     theirs.norm2.load_state_dict(ours.norm2.state_dict())
@@ -69,38 +92,63 @@ def test_encoder_layer_equals_torch_transformer_encoder_layer(script):
 
 @torch.no_grad()
 def test_decoder_only_layer_is_the_encoder_layer_under_a_causal_mask():
-    ours = random_weights(decoder_only.DecoderOnlyLayer(D, H, 32))
+    ours = random_weights(decoder_only.DecoderLayer(D, H, 32))
     twin = encoder_only.EncoderLayer(D, H, 32).double().eval()
-    twin.load_state_dict({name.replace("self_attention", "attention"): value
-                          for name, value in ours.state_dict().items()})
+    twin.load_state_dict(
+        {
+            name.replace("self_attention", "attention"): value
+            for name, value in ours.state_dict().items()
+        }
+    )
     x, mask = torch.randn(B, S, D).double(), decoder_only.causal_mask(S, S)
     torch.testing.assert_close(ours(x, mask)[0], twin(x, mask)[0], atol=1e-10, rtol=0)
-    theirs = nn.TransformerEncoderLayer(D, H, 32, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+    theirs = nn.TransformerEncoderLayer(
+        D, H, 32, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
     theirs = theirs.double().train()
     copy_attention(ours.self_attention, theirs.self_attn)
-    for mine, name in ((ours.norm1, "norm1"), (ours.norm2, "norm2"), (ours.feed_forward.widen, "linear1"),
-                       (ours.feed_forward.narrow, "linear2")):
+    for mine, name in (
+        (ours.norm1, "norm1"),
+        (ours.norm2, "norm2"),
+        (ours.feed_forward.widen, "linear1"),
+        (ours.feed_forward.narrow, "linear2"),
+    ):
         getattr(theirs, name).load_state_dict(mine.state_dict())
-    torch.testing.assert_close(ours(x, mask)[0], theirs(x, src_mask=~mask[0, 0]), atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        ours(x, mask)[0], theirs(x, src_mask=~mask[0, 0]), atol=1e-10, rtol=0
+    )
 
 
 @torch.no_grad()
 def test_decoder_layer_equals_torch_transformer_decoder_layer():
     ours = random_weights(encoder_decoder.DecoderLayer(D, H, 32))
-    theirs = nn.TransformerDecoderLayer(D, H, 32, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+    theirs = nn.TransformerDecoderLayer(
+        D, H, 32, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
     theirs = theirs.double().train()
     copy_attention(ours.self_attention, theirs.self_attn)
     copy_attention(ours.cross_attention, theirs.multihead_attn)
-    for mine, name in ((ours.norm1, "norm1"), (ours.norm_cross, "norm2"), (ours.norm2, "norm3"),
-                       (ours.feed_forward.widen, "linear1"), (ours.feed_forward.narrow, "linear2")):
+    for mine, name in (
+        (ours.norm1, "norm1"),
+        (ours.norm_cross, "norm2"),
+        (ours.norm2, "norm3"),
+        (ours.feed_forward.widen, "linear1"),
+        (ours.feed_forward.narrow, "linear2"),
+    ):
         getattr(theirs, name).load_state_dict(mine.state_dict())
     x, memory = torch.randn(B, T, D).double(), torch.randn(B, S, D).double()
     real_memory, real_target = key_padding(), torch.arange(T) < torch.tensor([[T], [2], [1]])
     causal = encoder_decoder.causal_mask(T, T)
-    out, _ = ours(x, *ours.cross_attention.keys_values(memory), causal & real_target[:, None, None, :],
-                  real_memory[:, None, None, :])
-    expected = theirs(x, memory, tgt_mask=~causal[0, 0], tgt_key_padding_mask=~real_target,
-                      memory_key_padding_mask=~real_memory)
+    out, _ = ours(
+        x, causal & real_target[:, None, None, :], None, memory, real_memory[:, None, None, :]
+    )
+    expected = theirs(
+        x,
+        memory,
+        tgt_mask=~causal[0, 0],
+        tgt_key_padding_mask=~real_target,
+        memory_key_padding_mask=~real_memory,
+    )
     torch.testing.assert_close(out, expected, atol=1e-10, rtol=0)
 
 
@@ -111,9 +159,11 @@ def test_written_out_attention_equals_the_fused_kernel_also_in_its_gradients(scr
     mask = key_padding()[:, None, None, :] & torch.ones(S, S, dtype=torch.bool).tril()
     mask[1, 0, 2] = False  # a row that may attend to nothing
     outputs, gradients = [], []
-    for need_weights in (True, False):
+    for fused in (False, True):
+        if fused:
+            use_fused_attention(attention)
         leaf = x.clone().requires_grad_()
-        out, _ = attention(leaf, *attention.keys_values(leaf), mask, need_weights)
+        out, _ = attention(leaf, leaf, mask)
         out.square().sum().backward()
         outputs.append(out.detach())
         gradients.append(leaf.grad)
@@ -124,20 +174,22 @@ def test_written_out_attention_equals_the_fused_kernel_also_in_its_gradients(scr
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
 @torch.no_grad()
-def test_a_row_that_may_attend_to_nothing_takes_home_zeros_never_nan(script, dtype, need_weights):
+def test_a_query_that_may_attend_to_nothing_gets_zeros_never_nan(script, dtype, fused):
     attention = SCRIPTS[script].MultiHeadAttention(D, H).to(dtype).eval()
+    if fused:
+        use_fused_attention(attention)
     mask = torch.ones(B, 1, S, S, dtype=torch.bool)
     mask[1] = False
     mask[2, 0, 3] = False
     x = torch.randn(B, S, D).to(dtype)
-    out, weights = attention(x, *attention.keys_values(x), mask, need_weights)
+    out, weights = attention(x, x, mask)
     nothing = attention.w_o.bias.to(dtype)  # what the output layer makes of zeros
     torch.testing.assert_close(out[1], nothing.expand(S, D))
     torch.testing.assert_close(out[2, 3], nothing)
     assert torch.isfinite(out).all()
-    if need_weights:
+    if not fused:
         assert (weights[1] == 0).all() and (weights[2, :, 3] == 0).all()
 
 
@@ -146,23 +198,27 @@ def test_a_row_that_may_attend_to_nothing_takes_home_zeros_never_nan(script, dty
 def test_attention_weights_sum_to_one_are_zero_where_masked_and_come_before_dropout(script):
     attention = SCRIPTS[script].MultiHeadAttention(D, H, dropout=0.5).double().train()
     x, mask = torch.randn(B, S, D).double(), key_padding()[:, None, None, :]
-    _, weights = attention(x, *attention.keys_values(x), mask, need_weights=True)
+    _, weights = attention(x, x, mask)
     torch.testing.assert_close(weights.sum(-1), torch.ones(B, H, S).double())
     assert (weights.masked_select(~mask) == 0).all()  # exactly, not about
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
 @torch.no_grad()
-def test_scores_are_divided_by_the_root_of_the_head_width(script, need_weights):
+def test_scores_are_divided_by_the_root_of_the_head_width(script, fused):
     attention = SCRIPTS[script].MultiHeadAttention(4, 1).double().eval()
+    if fused:
+        use_fused_attention(attention)
     for layer in (attention.w_q, attention.w_k, attention.w_v, attention.w_o):
         layer.weight.copy_(torch.eye(4))
         layer.bias.zero_()
     x = torch.tensor([[[2.0, 0, 0, 0], [0, 2.0, 0, 0]]]).double()
-    out, _ = attention(x, *attention.keys_values(x), None, need_weights)
+    out, _ = attention(x, x)
     weight = math.exp(4 / 2) / (math.exp(4 / 2) + 1)  # q.k = 4, sqrt(K) = 2
-    torch.testing.assert_close(out[0, 0], torch.tensor([2 * weight, 2 * (1 - weight), 0, 0]).double())
+    torch.testing.assert_close(
+        out[0, 0], torch.tensor([2 * weight, 2 * (1 - weight), 0, 0]).double()
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -173,7 +229,7 @@ def test_a_head_reads_its_own_slice_of_each_token(script):
     heads = attention.split_heads(x)
     assert heads.shape == (B, H, S, D // H)
     for head in range(H):
-        torch.testing.assert_close(heads[:, head], x[:, :, head * (D // H):(head + 1) * (D // H)])
+        torch.testing.assert_close(heads[:, head], x[:, :, head * (D // H) : (head + 1) * (D // H)])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -200,14 +256,19 @@ def test_given_positions_pick_their_rows(script):
     encoding = SCRIPTS[script].PositionalEncoding(8, 20)
     x = torch.zeros(2, 3, 8)
     torch.testing.assert_close(encoding(x)[1], encoding.table[:3])
-    positions = torch.tensor([[4, 5, 6], [0, 0, 1]])
-    torch.testing.assert_close(encoding(x, positions), encoding.table[positions])
+    if script != "encoder_only":
+        positions = torch.tensor([[4, 5, 6], [0, 0, 1]])
+        torch.testing.assert_close(encoding(x, positions), encoding.table[positions])
 
 
 @pytest.mark.parametrize("script", ["decoder_only", "encoder_decoder"])
 def test_the_last_query_of_a_causal_mask_stands_at_the_last_key(script):
     causal_mask = SCRIPTS[script].causal_mask
-    assert causal_mask(3, 3)[0, 0].tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+    assert causal_mask(3, 3)[0, 0].tolist() == [
+        [True, False, False],
+        [True, True, False],
+        [True, True, True],
+    ]
     assert causal_mask(1, 5).all()
     assert causal_mask(2, 4)[0, 0].tolist() == [[True, True, True, False], [True] * 4]
 
@@ -216,5 +277,6 @@ def test_the_last_query_of_a_causal_mask_stands_at_the_last_key(script):
 @pytest.mark.parametrize("d_model, num_heads", [(65, 5), (64, 3), (64, 0)])
 def test_sizes_that_cannot_work_are_refused(script, d_model, num_heads):
     from conftest import MODELS
-    with pytest.raises(ValueError, match="d_model"):
+
+    with pytest.raises(ValueError, match="d_model|num_heads=0"):
         MODELS[script](d_model=d_model, num_heads=num_heads)

@@ -1,4 +1,5 @@
-"""The comparison and the figures: measured on the models, equal to what can be worked out, and true to their sources."""
+"""The comparison and the figures: measured on the models, and true to their sources."""
+
 import functools
 import math
 import re
@@ -12,7 +13,8 @@ import decoder_only
 import visualizations as visual
 from conftest import MODELS, ROOT, SCRIPTS, Workplace, finished, random_model, refused, run_of
 from toy_dataset import DIGITS, SOS, VOCABULARY, WORDS
-from train_all import ARCHITECTURES, parameters_by_component
+from quick_start import ARCHITECTURES, count_passes
+from train_all import parameters_by_component
 
 
 def by_architecture(**arguments):
@@ -26,7 +28,9 @@ def test_measured_influence_equals_the_mask():
     causal = decoder_only.causal_mask(6, 6)[0, 0]
     assert compare.influence(models["encoder-only"], [pair], 0).all()
     assert torch.equal(compare.influence(models["decoder-only"], [pair], 0), causal)
-    assert torch.equal(compare.influence(models["encoder-decoder"], [pair, target], 1), causal[:3, :3])
+    assert torch.equal(
+        compare.influence(models["encoder-decoder"], [pair, target], 1), causal[:3, :3]
+    )
     on_source = compare.influence(models["encoder-decoder"], [pair, target], 0)
     assert on_source.shape == (3, 6) and on_source.all()
 
@@ -40,9 +44,15 @@ def test_parameters_by_component_add_up_and_are_what_the_formulas_say(name):
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
     stacks = 2 if name == "encoder-decoder" else 1
     assert counts["self-attention"] == stacks * layers * 4 * (d * d + d)
-    assert counts.get("cross-attention", 0) == (layers * 4 * (d * d + d) if name == "encoder-decoder" else 0)
+    assert counts.get("cross-attention", 0) == (
+        layers * 4 * (d * d + d) if name == "encoder-decoder" else 0
+    )
     assert counts["feed-forward"] == stacks * layers * (2 * d * f + f + d)
-    norms = {"encoder-only": 2 * layers + 1, "decoder-only": 2 * layers + 1, "encoder-decoder": 5 * layers + 2}[name]
+    norms = {
+        "encoder-only": 2 * layers + 1,
+        "decoder-only": 2 * layers + 1,
+        "encoder-decoder": 5 * layers + 2,
+    }[name]
     assert counts["layer norms"] == norms * 2 * d
     assert counts["embedding (tied with output)"] == v * d
 
@@ -51,7 +61,9 @@ def test_parameters_by_component_add_up_and_are_what_the_formulas_say(name):
 def test_multiply_adds_are_those_of_the_matrix_products():
     d, f, layers, v, t = 16, 32, 2, 26, 7
     model, tokens = random_model("decoder_only"), torch.tensor([[10, 6, 13, 4, 20, 16, 23]])
-    expected = layers * (4 * t * d * d + 2 * t * d * f + 2 * t * t * d) + t * d * v  # projections, feed-forward, q k and w v
+    expected = (
+        layers * (4 * t * d * d + 2 * t * d * f + 2 * t * t * d) + t * d * v
+    )  # projections, feed-forward, q k and w v
     assert compare.multiply_adds(lambda: model(tokens)) == expected
 
 
@@ -59,12 +71,13 @@ def test_passes_are_counted_one_a_token_and_one_for_the_encoder():
     digits = [["4", "0", "7"]]
     for name, model in by_architecture().items():
         script = ARCHITECTURES[name][0]
-        passes = compare.stack_passes(model, functools.partial(script.translate, model, digits))
+        passes = count_passes(model, functools.partial(script.translate, model, digits))
         if name == "encoder-only":
             assert passes == 1
         else:  # at most 5 tokens are allowed for 3 digits
-            assert passes == len(script.translate(model, digits)[0]) + (name == "encoder-decoder") + (
-                0 if len(script.translate(model, digits)[0]) == 5 else 1)
+            assert passes == len(script.translate(model, digits)[0]) + (
+                name == "encoder-decoder"
+            ) + (0 if len(script.translate(model, digits)[0]) == 5 else 1)
 
 
 def test_cache_bytes_are_those_of_the_formula():
@@ -80,12 +93,19 @@ def test_each_ablation_takes_away_what_it_says():
     plain = MODELS["decoder_only"](d_model=16, num_heads=2).eval()
     with torch.no_grad():
         before = plain(tokens)
-        for change in (compare.without_scaling, compare.without_residuals, compare.post_norm, compare.without_positions):
+        for change in (
+            compare.without_scaling,
+            compare.without_residuals,
+            compare.post_norm,
+            compare.without_positions,
+        ):
             model = MODELS["decoder_only"](d_model=16, num_heads=2).eval()
             model.load_state_dict(plain.state_dict())
             change(model)
             assert not torch.allclose(model(tokens), before)
-            prompt = [[10, 6, 4]]  # and the changed model still writes the same with its cache as without
+            prompt = [
+                [10, 6, 4]
+            ]  # and the changed model still writes the same with its cache as without
             assert model.generate(prompt, 5) == model.generate(prompt, 5, use_cache=False)
         scores = []
         model = MODELS["decoder_only"](d_model=16, num_heads=2).eval()
@@ -94,13 +114,13 @@ def test_each_ablation_takes_away_what_it_says():
         for scaled in (True, False):
             if not scaled:
                 compare.without_scaling(model)
-            scores.append(attention(x, *attention.keys_values(x), None, True)[1].log())
-        gaps = [s - s[..., :1] for s in scores]  # differences of log-weights are differences of scores
+            scores.append(attention(x, x)[1].log())
+        gaps = [
+            s - s[..., :1] for s in scores
+        ]  # differences of log-weights are differences of scores
         torch.testing.assert_close(gaps[1], gaps[0] * math.sqrt(8), atol=1e-4, rtol=1e-3)
-    warmup = decoder_only.WARMUP_STEPS
-    with compare.without_warmup():
-        assert decoder_only.lr_factor(0, 100) == 1.0
-    assert decoder_only.WARMUP_STEPS == warmup
+    assert decoder_only.lr_factor(0, 100, 0) == 1.0
+    assert [row[4] for row in compare.ABLATIONS if row[0] == "without warmup"] == [0]
 
 
 def test_without_cross_padding_mask_padding_changes_the_answer():
@@ -123,17 +143,26 @@ def test_the_whole_comparison_from_a_clean_checkout(script):
     assert done.stdout.count("agree") == 4 and "DIFFER" not in done.stdout
 
 
-def test_the_comparison_with_a_broken_and_a_foreign_checkpoint_and_a_budget_below_the_unsure_steps(workplace):
-    workplace.set("compare_architectures", NUM_STEPS=50, EVALUATE_EVERY=20, ABLATION_STEPS=5, NUM_SAMPLES=600)
+def test_the_comparison_with_a_broken_and_a_foreign_checkpoint_and_a_budget_below_the_unsure_steps(
+    workplace,
+):
+    workplace.set(
+        "compare_architectures", NUM_STEPS=50, EVALUATE_EVERY=20, ABLATION_STEPS=5, NUM_SAMPLES=600
+    )
     (workplace.folder / "checkpoints").mkdir()
     (workplace.folder / "checkpoints" / "encoder_only.pt").write_bytes(b"broken" * 100)
-    MODELS["decoder_only"](d_model=32, num_heads=4, num_layers=3).save(workplace.folder / "checkpoints" / "decoder_only.pt")
+    MODELS["decoder_only"](d_model=32, num_heads=4, num_layers=3).save(
+        workplace.folder / "checkpoints" / "decoder_only.pt"
+    )
     done = workplace.run("compare_architectures")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     first = done.stdout.splitlines()[:3]
-    assert "cut short or damaged" in first[0] or "not loaded" in first[0]
+    assert "encoder_only.pt is damaged" in first[0]
     assert first[1] == "decoder-only: from checkpoints/decoder_only.pt, d_model 32, 3 layers"
-    total = sum(p.numel() for p in MODELS["decoder_only"](d_model=32, num_heads=4, num_layers=3).parameters())
+    total = sum(
+        p.numel()
+        for p in MODELS["decoder_only"](d_model=32, num_heads=4, num_layers=3).parameters()
+    )
     assert re.search(rf"decoder-only +{total:,} parameters", done.stdout)
     assert "after 50 steps" in done.stdout
 
@@ -166,7 +195,7 @@ def test_every_figure_is_made_and_none_is_blank(drawn, _):
     assert sorted(named) == made and len(made) >= 16
     for name in made:
         pixels = matplotlib.image.imread(place.folder / "figures" / name)[..., :3]
-        assert pixels.shape[1] <= 1000                                   # fits the width of a README
+        assert pixels.shape[1] <= 1000  # fits the width of a README
         assert pixels.std() > 0.02 and (pixels.min(-1) < 0.9).mean() > 0.01
         assert (place.folder / "figures" / name).stat().st_size < 200_000
 
@@ -186,48 +215,60 @@ def test_attention_in_the_figures_sums_to_one_and_is_the_models_own():
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:3]).double())
         if name == "encoder-only":
             tokens = torch.tensor([VOCABULARY.encode(rows)])
-            expected = models[name].encode(tokens, need_weights=True)[1]
+            expected = models[name].encode(tokens)[1]
             torch.testing.assert_close(weights, torch.stack(expected)[:, 0])
         if name == "decoder-only":
-            assert (weights * ~decoder_only.causal_mask(len(rows), len(rows))[0, 0]).abs().max() == 0
+            assert (
+                weights * ~decoder_only.causal_mask(len(rows), len(rows))[0, 0]
+            ).abs().max() == 0
         with torch.no_grad():  # another model gives other weights
             models[name].embedding.weight.normal_()
         other = visual.attention_weights(models, digits)[name][0]
         assert other.shape != weights.shape or not torch.allclose(other, weights)
 
 
-def test_masked_and_allowed_never_share_a_colour():
+def test_masked_and_allowed_never_share_a_color():
     figure, axis = visual.plt.subplots()
     mask = torch.tensor([[True, False], [True, True]])
     visual.draw_mask(axis, mask, ["a", "b"], ["a", "b"])
     image = axis.images[0]
-    colours = image.cmap(image.norm(image.get_array()))[..., :3]
-    dark, light = matplotlib.colors.to_rgb(visual.ALLOWED), matplotlib.colors.to_rgb(visual.HIDDEN)
+    colors = image.cmap(image.norm(image.get_array()))[..., :3]
+    dark, light = matplotlib.colors.to_rgb(visual.ALLOWED), matplotlib.colors.to_rgb(visual.MASKED)
     for row in range(2):
         for column in range(2):
-            assert colours[row][column] == pytest.approx(dark if mask[row, column] else light)
-    grey = [0.299 * r + 0.587 * g + 0.114 * b for r, g, b in (dark, light)]
-    assert abs(grey[0] - grey[1]) > 0.4  # told apart in black and white too
+            assert colors[row][column] == pytest.approx(dark if mask[row, column] else light)
+    gray = [0.299 * r + 0.587 * g + 0.114 * b for r, g, b in (dark, light)]
+    assert abs(gray[0] - gray[1]) > 0.4  # told apart in black and white too
     visual.plt.close(figure)
 
 
-def test_a_checkpoint_is_shown_with_the_constants_it_was_trained_with(tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_is_shown_with_the_constants_it_was_trained_with(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(visual, "CHECKPOINTS", tmp_path)
-    monkeypatch.setattr(visual, "train_small", lambda name: (random_model(name.replace("-", "_")), [(0, 0.0)], None))
+    monkeypatch.setattr(
+        visual, "train_small", lambda name: (random_model(name.replace("-", "_")), [(0, 0.0)], None)
+    )
     MODELS["encoder_only"](d_model=24, num_heads=3, num_layers=5).save(tmp_path / "encoder_only.pt")
     (tmp_path / "decoder_only.pt").write_bytes(b"broken")
     models, origins, _, _ = visual.load_models()
-    assert origins["encoder-only"].endswith("checkpoints/encoder_only.pt: d_model 24, 5 layers, 3 heads")
+    assert origins["encoder-only"].endswith(
+        "checkpoints/encoder_only.pt: d_model 24, 5 layers, 3 heads"
+    )
     assert models["encoder-only"].arguments["d_model"] == 24
     printed = capsys.readouterr().out
-    assert "decoder_only.pt is cut short or damaged" in printed and "trained instead" in printed
+    assert "decoder_only.pt is damaged" in printed and "Training a small model instead" in printed
     assert "trained in this run" in origins["decoder-only"]
 
 
 def test_figures_that_cannot_be_written_are_one_line(workplace):
     (workplace.folder / "figures").write_text("in the way: a file where the folder should be")
     done = workplace.run("visualizations")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "figures/ cannot be written" in done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "figures/ cannot be written" in done.stderr
+    )
 
 
 def test_words_and_digits_are_paired_in_the_similarity_figure():

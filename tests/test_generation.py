@@ -1,4 +1,5 @@
-"""Writing: the cache changes nothing, the batch changes nothing, filters keep what they promise, beams find the best."""
+"""Generation: cache and batch change nothing, filters keep what they promise, beams search well."""
+
 import itertools
 import math
 
@@ -8,25 +9,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import MODELS, SCRIPTS, random_model
+from encoder_decoder import best_candidates
 from toy_dataset import EOS, PAD, SOS
 
 WRITERS = ["decoder_only", "encoder_decoder"]
 PROMPTS = [[10, 6, 13, 4], [9, 4], [7, 7, 7, 7, 8, 15, 4], [6, 4]]
-logit_rows = st.lists(st.lists(st.floats(-12, 12, width=32), min_size=5, max_size=5), min_size=1, max_size=4)
+logit_rows = st.lists(
+    st.lists(st.floats(-12, 12, width=32), min_size=5, max_size=5), min_size=1, max_size=4
+)
 
 
 # --- generate -------------------------------------------------------------------------
 @pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.7}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "options", [{}, {"repetition_penalty": 1.7}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9}]
+)
 @pytest.mark.parametrize("stop_at", [EOS, None])
 def test_cached_equals_uncached_for_prompts_of_unequal_length(name, options, stop_at):
     distinct = set()
     for seed in range(5):
         torch.manual_seed(seed)
         model = random_model(name)
-        written = [model.generate(PROMPTS, 20, use_cache=use_cache, stop_at=stop_at,
-                                  generator=torch.Generator().manual_seed(seed), **options)
-                   for use_cache in (True, False)]
+        written = [
+            model.generate(
+                PROMPTS,
+                20,
+                use_cache=use_cache,
+                stop_at=stop_at,
+                generator=torch.Generator().manual_seed(seed),
+                **options,
+            )
+            for use_cache in (True, False)
+        ]
         assert written[0] == written[1]
         distinct |= {tuple(row) for row in written[0]}
     assert len(distinct) > 10  # the prompts matter
@@ -35,20 +49,68 @@ def test_cached_equals_uncached_for_prompts_of_unequal_length(name, options, sto
 @pytest.mark.parametrize("name", WRITERS)
 @torch.no_grad()
 def test_token_by_token_through_the_cache_gives_the_same_vectors_as_all_at_once(name):
-    """Stricter than equal tokens: the likeliest token may stay the same though the vectors are a little wrong."""
+    """Stricter than equal tokens, which can hide slightly wrong vectors."""
     model, tokens = random_model(name), torch.tensor([[10, 6, 13, 4, 20, 16], [9, 9, 4, 25, 2, 7]])
-    layers = model.layers if name == "decoder_only" else model.decoder_layers
-    caches = [SCRIPTS[name].KeyValueCache(2, layer.self_attention, 6) for layer in layers]
+    positions = torch.arange(6)[None]
     if name == "decoder_only":
-        def run(start, end, caches=None):
-            return model.hidden_states(tokens[:, start:end], positions=torch.arange(start, end), caches=caches)[0]
-    else:
-        memory_kv, mask = model.memory_keys_values(model.encode(tokens)), (tokens != PAD)[:, None, None]
+        caches = [layer.self_attention.new_cache(2, 6) for layer in model.layers]
 
         def run(start, end, caches=None):
-            return model.decode(tokens[:, start:end], memory_kv, mask, caches=caches)[0]
+            return model.decode(tokens[:, start:end], None, positions[:, start:end], caches)[0]
+    else:
+        caches = model.new_caches(2, 6, 6)
+        memory, _ = model.encode(tokens)
+        mask = (tokens != PAD)[:, None, None]
+
+        def run(start, end, caches=None):
+            return model.decode(
+                tokens[:, start:end], memory, mask, positions[:, start:end], caches
+            )[0]
+
     pieces = [run(start, end, caches) for start, end in ((0, 2), (2, 3), (3, 6))]
     torch.testing.assert_close(torch.cat(pieces, 1), run(0, 6), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@torch.no_grad()
+def test_with_a_cache_new_tokens_have_the_positions_after_it(name):
+    """Also without positions from the caller, who may forget them."""
+    model, tokens = random_model(name), torch.tensor([[10, 6, 13, 4, 20]])
+    if name == "decoder_only":
+        caches = [layer.self_attention.new_cache(1, 5) for layer in model.layers]
+        parts = [model.decode(part, caches=caches)[0] for part in tokens.split([3, 1, 1], 1)]
+        expected, _ = model.decode(tokens)
+    else:
+        memory, caches = model.encode(tokens)[0], model.new_caches(1, 5, 5)
+        parts = [
+            model.decode(part, memory, None, caches=caches)[0]
+            for part in tokens.split([3, 1, 1], 1)
+        ]
+        expected, _ = model.decode(tokens, memory, None)
+    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_row_may_use_every_position_of_the_model(name):
+    model = random_model(name, max_len=9)
+    prompt, count = ([6, 7, 4], 7) if name == "decoder_only" else ([6] * 9, 9)
+    assert len(model.generate([prompt], count, stop_at=None)[0]) == count
+    with pytest.raises(ValueError, match="max_len=9"):
+        model.generate([prompt], count + 1, stop_at=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_beam_width_one_equals_greedy_even_where_rounding_makes_ties(dtype):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model = MODELS["encoder_decoder"](d_model=16, num_heads=2, num_layers=1).to(dtype).eval()
+        found = model.beam_search(PROMPTS, 1, 1.0, 12)
+        assert [hypotheses[0].tokens for hypotheses in found] == model.generate(PROMPTS, 12)
+
+
+def test_a_large_whole_number_as_length_penalty_is_no_overflow():
+    model = random_model("encoder_decoder", max_len=200)
+    assert len(model.beam_search([[6, 7]], 2, 10, 150)[0]) == 2
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -58,20 +120,26 @@ def test_every_row_of_a_batch_equals_the_row_alone(name, use_cache):
         torch.manual_seed(seed)
         model = random_model(name)
         together = model.generate(PROMPTS, 20, use_cache=use_cache)
-        assert together == [model.generate([prompt], 20, use_cache=use_cache)[0] for prompt in PROMPTS]
+        assert together == [
+            model.generate([prompt], 20, use_cache=use_cache)[0] for prompt in PROMPTS
+        ]
 
 
 @pytest.mark.parametrize("name", WRITERS)
 @torch.no_grad()
 def test_greedy_is_the_likeliest_token_step_by_step(name):
-    """Against the plainest loop there is: the whole model on the whole row, again for every token."""
+    """Compared with the plainest loop: the whole model on the whole row for each token."""
     model = random_model(name)
     for prompt in PROMPTS:
         row = [SOS] if name == "encoder_decoder" else list(prompt)
         start = len(row)
         while len(row) - start < 12 and row[-1] != EOS:
             tokens = torch.tensor([row])
-            logits = model(torch.tensor([prompt]), tokens) if name == "encoder_decoder" else model(tokens)
+            logits = (
+                model(torch.tensor([prompt]), tokens)
+                if name == "encoder_decoder"
+                else model(tokens)
+            )
             row.append(logits[0, -1].argmax().item())
         assert model.generate([prompt], 12)[0] == row[start:]
 
@@ -82,7 +150,9 @@ def test_a_row_ends_with_its_first_eos_and_only_there(name):
     for seed in range(12):
         torch.manual_seed(seed)
         model = random_model(name)
-        for row in model.generate(PROMPTS, 30, temperature=1.5, generator=torch.Generator().manual_seed(seed)):
+        for row in model.generate(
+            PROMPTS, 30, temperature=1.5, generator=torch.Generator().manual_seed(seed)
+        ):
             assert 1 <= len(row) <= 30 and EOS not in row[:-1]
             assert row[-1] == EOS or len(row) == 30
             stopped += row[-1] == EOS
@@ -90,23 +160,48 @@ def test_a_row_ends_with_its_first_eos_and_only_there(name):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_generating_leaves_the_training_mode_as_it_was_and_dropout_out(name):
+def test_generation_uses_no_dropout_and_leaves_the_mode_as_it_was(name):
     model = random_model(name, dropout=0.5).train()
     assert model.generate(PROMPTS, 9) == model.generate(PROMPTS, 9)
+    assert model.training
+    with pytest.raises(ValueError):
+        model.generate(PROMPTS, 0)
+    model.output.forward = None  # what a reader may break
+    with pytest.raises(TypeError):
+        model.generate(PROMPTS, 2)
+    del model.output.forward
     assert model.training
     model.eval().generate(PROMPTS, 2)
     assert not model.training
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.parametrize("options, words", [
-    ({"temperature": -1.0}, "temperature=-1"), ({"temperature": math.nan}, "temperature=nan"), ({"top_k": 0}, "top_k=0"),
-    ({"top_k": 3}, "change nothing at temperature=0"), ({"top_p": 0.9}, "change nothing at temperature=0"),
-    ({"top_p": 0.0}, "top_p=0"), ({"top_p": 1.1}, "top_p=1.1"), ({"top_p": math.nan}, "top_p=nan"),
-    ({"repetition_penalty": 0.0}, "repetition_penalty=0"), ({"max_new_tokens": 0}, "max_new_tokens=0"),
-    ({"max_new_tokens": 100}, "max_len=64"), ({"prompts": []}, "at least one"), ({"prompts": [[6], []]}, "at least one"),
-    ({"prompts": [[6, 26]]}, "outside the vocabulary"), ({"prompts": [[6, -2]]}, "outside the vocabulary"),
-    ({"prompts": [[PAD, PAD]]}, "nothing but <PAD>"), ({"prompts": [[6] * 65]}, "max_len=64")])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"temperature": -1.0}, "temperature=-1"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_k": 3}, "no effect at temperature=0"),
+        ({"top_p": 0.9}, "no effect at temperature=0"),
+        ({"top_p": 0.0}, "top_p=0"),
+        ({"top_p": 1.1}, "top_p=1.1"),
+        ({"top_p": math.nan}, "top_p=nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": 100}, "max_len=64"),
+        ({"prompts": []}, "at least one"),
+        ({"prompts": [[6], []]}, "at least one"),
+        ({"prompts": [[6.0]]}, "6.0 is outside"),
+        ({"prompts": torch.tensor([[6]])}, "list of lists"),
+        ({"prompts": [[True]]}, "True is outside"),
+        ({"temperature": None}, "temperature=None"),
+        ({"prompts": [[6, 26]]}, "outside the vocabulary"),
+        ({"prompts": [[6, -2]]}, "outside the vocabulary"),
+        ({"prompts": [[PAD, PAD]]}, "nothing but <PAD>"),
+        ({"prompts": [[6] * 65]}, "max_len=64"),
+    ],
+)
 def test_settings_that_cannot_work_are_refused_in_one_line(name, options, words):
     arguments = {"max_new_tokens": 4, **options}
     prompts = arguments.pop("prompts", PROMPTS)
@@ -118,8 +213,12 @@ def test_settings_that_cannot_work_are_refused_in_one_line(name, options, words)
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_top_k_larger_than_the_vocabulary_means_all_of_it(name):
     model = random_model(name)
-    rows = [model.generate(PROMPTS, 9, temperature=1.0, top_k=top_k, generator=torch.Generator().manual_seed(0))
-            for top_k in (None, 26, 1000)]
+    rows = [
+        model.generate(
+            PROMPTS, 9, temperature=1.0, top_k=top_k, generator=torch.Generator().manual_seed(0)
+        )
+        for top_k in (None, 26, 1000)
+    ]
     assert rows[0] == rows[1] == rows[2]
     assert model.generate(PROMPTS, 9, temperature=3.0, top_k=1) == model.generate(PROMPTS, 9)
 
@@ -145,9 +244,11 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(name, rows, top_p):
     kept = SCRIPTS[name].filter_logits(logits, top_p=top_p) > -math.inf
     for row, keep in zip(logits.softmax(-1), kept):
         assert keep.any()
-        assert row[keep].sum() >= top_p - 1e-9                            # it reaches p,
+        assert row[keep].sum() >= top_p - 1e-9  # it reaches p,
         if top_p < 1 and keep.sum() > 1:
-            assert row[keep].sum() - row[keep].min() < top_p + 1e-9       # and would not without its last member
+            assert (
+                row[keep].sum() - row[keep].min() < top_p + 1e-9
+            )  # and would not without its last member
         if not keep.all():
             assert row[keep].min() >= row[~keep].max() - 1e-5  # as good as level: rounding
 
@@ -155,7 +256,10 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(name, rows, top_p):
 @pytest.mark.parametrize("name", WRITERS)
 def test_the_token_that_crosses_p_stays(name):
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).double().log()
-    kept = {p: (SCRIPTS[name].filter_logits(logits, top_p=p) > -math.inf).sum().item() for p in (0.4, 0.7, 0.9, 1.0)}
+    kept = {
+        p: (SCRIPTS[name].filter_logits(logits, top_p=p) > -math.inf).sum().item()
+        for p in (0.4, 0.7, 0.9, 1.0)
+    }
     assert kept == {0.4: 1, 0.7: 2, 0.9: 3, 1.0: 4}
 
 
@@ -169,11 +273,17 @@ def test_temperature_divides_the_logits(name, rows, temperature):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@given(rows=logit_rows, temperature=st.floats(1e-30, 1e30), top_k=st.none() | st.integers(1, 9),
-       top_p=st.none() | st.floats(1e-6, 1.0))
+@given(
+    rows=logit_rows,
+    temperature=st.floats(1e-30, 1e30),
+    top_k=st.none() | st.integers(1, 9),
+    top_p=st.none() | st.floats(1e-6, 1.0),
+)
 @settings(deadline=None)
 def test_whatever_the_filters_leave_can_be_drawn_from(name, rows, temperature, top_k, top_p):
-    probabilities = SCRIPTS[name].filter_logits(torch.tensor(rows), temperature, top_k, top_p).softmax(-1)
+    probabilities = (
+        SCRIPTS[name].filter_logits(torch.tensor(rows), temperature, top_k, top_p).softmax(-1)
+    )
     assert torch.isfinite(probabilities).all()
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(len(rows)))
 
@@ -181,8 +291,13 @@ def test_whatever_the_filters_leave_can_be_drawn_from(name, rows, temperature, t
 @pytest.mark.parametrize("name", WRITERS)
 def test_sampling_follows_the_filtered_distribution(name):
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4000, 4)
-    drawn = SCRIPTS[name].choose_next_token(logits, torch.empty(4000, 0, dtype=torch.long), temperature=1.0, top_k=2,
-                                            generator=torch.Generator().manual_seed(0))
+    drawn = SCRIPTS[name].choose_next_token(
+        logits,
+        torch.empty(4000, 0, dtype=torch.long),
+        temperature=1.0,
+        top_k=2,
+        generator=torch.Generator().manual_seed(0),
+    )
     counts = torch.bincount(drawn, minlength=4) / 4000
     assert counts[2:].sum() == 0
     assert counts[0].item() == pytest.approx(0.625, abs=0.03)
@@ -194,7 +309,11 @@ def test_sampling_follows_the_filtered_distribution(name):
 def test_a_repetition_penalty_lowers_what_was_written_and_nothing_else(name, rows, penalty):
     written = torch.tensor([[1, 3, 3]] * len(rows))
     choose = SCRIPTS[name].choose_next_token
-    for logits in (torch.tensor(rows), torch.tensor(rows) - 15, torch.tensor(rows) + 15):  # mixed, all below 0, all above
+    for logits in (
+        torch.tensor(rows),
+        torch.tensor(rows) - 15,
+        torch.tensor(rows) + 15,
+    ):  # mixed, all below 0, all above
         expected = logits.clone()
         for t in (1, 3):
             column = logits[:, t]
@@ -207,7 +326,13 @@ def test_a_repetition_penalty_lowers_what_was_written_and_nothing_else(name, row
 # --- beam search ----------------------------------------------------------------------
 def beam_model(seed, vocab_size=5):
     torch.manual_seed(seed)
-    model = MODELS["encoder_decoder"](vocab_size=vocab_size, d_model=8, num_heads=2, num_layers=1, d_ff=16).double().eval()
+    model = (
+        MODELS["encoder_decoder"](
+            vocab_size=vocab_size, d_model=8, num_heads=2, num_layers=1, d_ff=16
+        )
+        .double()
+        .eval()
+    )
     with torch.no_grad():
         model.embedding.weight.normal_(std=0.9)
         model.output.weight = torch.nn.Parameter(torch.randn_like(model.embedding.weight))
@@ -235,17 +360,23 @@ def test_a_beam_as_wide_as_the_tree_equals_exhaustive_search(length_penalty):
     limit, sources, lengths = 4, [[3, 4, 1], [4]], set()
     for seed in range(6):
         model = beam_model(seed)
-        found = model.beam_search(sources, 5 ** limit, length_penalty, limit)
+        found = model.beam_search(sources, 5**limit, length_penalty, limit)
         for source, hypotheses in zip(sources, found):
             scored = {tuple(a): log_probability(model, source, a) for a in all_answers(5, limit)}
             best = max(scored, key=lambda a: scored[a] / len(a) ** length_penalty)
             assert tuple(hypotheses[0].tokens) == best
-            assert hypotheses[0].score == pytest.approx(scored[best] / len(best) ** length_penalty, abs=1e-9)
+            assert hypotheses[0].score == pytest.approx(
+                scored[best] / len(best) ** length_penalty, abs=1e-9
+            )
             lengths.add(len(best))
-            assert [h.score for h in hypotheses] == sorted((h.score for h in hypotheses), reverse=True)
+            assert [h.score for h in hypotheses] == sorted(
+                (h.score for h in hypotheses), reverse=True
+            )
             for h in hypotheses:  # each one's figures are its own
                 assert h.log_probability == pytest.approx(scored[tuple(h.tokens)], abs=1e-9)
-                assert h.score == pytest.approx(h.log_probability / len(h.tokens) ** length_penalty, abs=1e-9)
+                assert h.score == pytest.approx(
+                    h.log_probability / len(h.tokens) ** length_penalty, abs=1e-9
+                )
     assert len(lengths) > 1 or length_penalty == 2.0  # the answers are not all of one length
 
 
@@ -267,14 +398,18 @@ def test_beam_search_on_a_batch_equals_beam_search_on_its_rows():
         for prompt, hypotheses in zip(PROMPTS, together):
             alone = model.beam_search([prompt], 4, 0.8, 12)[0]
             assert [h.tokens for h in hypotheses] == [h.tokens for h in alone]
-            assert [h.score for h in hypotheses] == pytest.approx([h.score for h in alone], abs=1e-9)
+            assert [h.score for h in hypotheses] == pytest.approx(
+                [h.score for h in alone], abs=1e-9
+            )
 
 
 def test_beam_search_scores_are_those_of_the_model_without_cache():
     model = random_model("encoder_decoder")
     for source, hypotheses in zip(PROMPTS, model.beam_search(PROMPTS, 5, 1.0, 10)):
         for h in hypotheses:
-            assert h.log_probability == pytest.approx(log_probability(model, source, h.tokens), abs=1e-9)
+            assert h.log_probability == pytest.approx(
+                log_probability(model, source, h.tokens), abs=1e-9
+            )
 
 
 def test_a_wider_beam_never_finds_worse_on_the_whole_and_sometimes_better():
@@ -285,6 +420,48 @@ def test_a_wider_beam_never_finds_worse_on_the_whole_and_sometimes_better():
         narrow, wide = (model.beam_search(PROMPTS, width, 0.0, 10) for width in (1, 8))
         better += sum(w[0].score > n[0].score + 1e-9 for n, w in zip(narrow, wide))
     assert better > 5
+
+
+@torch.no_grad()
+def plain_beam_search(model, source, width, penalty, limit):
+    """The rule in plain Python, on the whole model without a cache: the best score it finds.
+
+    Of the best 2W candidates, those that end are finished, and the best W others stay.
+    """
+    hypotheses, finished = [(0.0, [SOS])], []
+    for length in range(1, limit + 1):
+        candidates = []
+        for total, tokens in hypotheses:
+            log_p = model(torch.tensor([source]), torch.tensor([tokens]))[0, -1].log_softmax(-1)
+            candidates += [(total + p, tokens + [t]) for t, p in enumerate(log_p.tolist())]
+        candidates = sorted(candidates, reverse=True)[: 2 * width]
+        finished += [
+            total / length**penalty
+            for total, tokens in candidates
+            if tokens[-1] == EOS or length == limit
+        ]
+        hypotheses = [c for c in candidates if c[1][-1] != EOS][:width]
+    return max(finished)
+
+
+@pytest.mark.parametrize("width, penalty", [(2, 1.0), (3, 0.0), (4, 0.7), (5, 1.5)])
+def test_beam_search_finds_what_the_plainest_search_finds(width, penalty):
+    for seed in range(4):
+        model = beam_model(seed, vocab_size=8)
+        sources = [[3, 4, 6, 5], [7, 7], [6]]
+        found = model.beam_search(sources, width, penalty, 7)
+        for source, hypotheses in zip(sources, found):
+            assert hypotheses[0].score == pytest.approx(
+                plain_beam_search(model, source, width, penalty, 7), abs=1e-9
+            )
+
+
+def test_the_best_candidates_are_those_of_the_example_in_the_comment():
+    """a = 0, b = 1, <EOS> = 2; step 2 of the example before `beam_search`."""
+    log_p = torch.tensor([[-1.1, -1.2, -1.0], [-0.1, -2.9, -3.2]])
+    sums, parent, token = best_candidates(torch.tensor([[-0.5, -1.2]]), log_p, 4)
+    torch.testing.assert_close(sums, torch.tensor([[-1.3, -1.5, -1.6, -1.7]]))
+    assert parent.tolist() == [[1, 0, 0, 0]] and token.tolist() == [[0, 2, 0, 1]]
 
 
 def test_beam_search_stops_when_no_live_beam_can_win():
@@ -300,15 +477,26 @@ def test_beam_search_stops_when_no_live_beam_can_win():
 
 def test_a_beam_wider_than_the_vocabulary_means_all_of_it():
     found = beam_model(0).beam_search([[3, 4]], 1000, 1.0, 2)[0]
-    assert len(found) <= 21  # 4 * 5 of length two, and <EOS> alone: every answer there is, none twice
+    assert (
+        len(found) <= 21
+    )  # 4 * 5 of length two, and <EOS> alone: every answer there is, none twice
     assert len({tuple(h.tokens) for h in found}) == len(found)
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"beam_width": 0}, "beam_width=0"), ({"length_penalty": -1.0}, "length_penalty=-1"),
-    ({"length_penalty": math.nan}, "length_penalty=nan"), ({"max_new_tokens": 0}, "max_new_tokens=0"),
-    ({"max_new_tokens": 65}, "max_len=64"), ({"sources": []}, "at least one"), ({"sources": [[]]}, "at least one"),
-    ({"sources": [[99]]}, "outside the vocabulary")])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"beam_width": 0}, "beam_width=0"),
+        ({"length_penalty": -1.0}, "length_penalty=-1"),
+        ({"length_penalty": math.nan}, "length_penalty=nan"),
+        ({"beam_width": 10**7}, "beam_width=10000000"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": 65}, "max_len=64"),
+        ({"sources": []}, "at least one"),
+        ({"sources": [[]]}, "at least one"),
+        ({"sources": [[99]]}, "outside the vocabulary"),
+    ],
+)
 def test_beam_settings_that_cannot_work_are_refused(options, words):
     sources = options.pop("sources", PROMPTS) if "sources" in options else PROMPTS
     with pytest.raises(ValueError, match=words):
@@ -318,7 +506,9 @@ def test_beam_settings_that_cannot_work_are_refused(options, words):
 @pytest.mark.parametrize("name", MODELS)
 def test_there_must_be_something_to_translate(name):
     model = random_model(name)
-    for nothing in ([], [[]], [["4"], []]):
-        with pytest.raises(ValueError, match="nothing to"):
+    for nothing in ([], [[]], [["4"], []], ["4 0 7"], [[4, 0, 7]], None, "4 0 7"):
+        with pytest.raises(ValueError, match="cannot be translated: give a list of lists"):
             SCRIPTS[name].translate(model, nothing)
-    assert len(SCRIPTS[name].translate(model, [["4", "x"], ["7"]])) == 2  # an unknown token is read as <UNK>
+    assert (
+        len(SCRIPTS[name].translate(model, [["4", "x"], ["7"]])) == 2
+    )  # an unknown token is read as <UNK>

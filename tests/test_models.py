@@ -1,26 +1,38 @@
-"""The models: who can influence whom, what padding may not do, and what a checkpoint must survive."""
+"""The models: what influences what, what padding may not do, what a checkpoint survives."""
+
 import math
 import os
 
 import pytest
 import torch
 
+import decoder_only
 import encoder_only
 from conftest import MODELS, SCRIPTS, random_model
-from toy_dataset import (IGNORE_INDEX, MASK, PAD, SEP, SOS, VOCABULARY, collate_fn, create_dataloaders, load_checkpoint,
-                         pad_rows)
+from housekeeping import load_checkpoint
+from toy_dataset import (
+    IGNORE_INDEX,
+    MASK,
+    PAD,
+    SEP,
+    SOS,
+    VOCABULARY,
+    collate_fn,
+    create_dataloaders,
+    pad_rows,
+)
+from train_all import use_fused_attention
 
 PROMPT = VOCABULARY.encode("4 0 7 <SEP> four zero seven")
 
 
 def logits_of(name, model, source, target=None):
-    """Logits of one model for (B, S) source ids; the encoder-decoder gets `target` as decoder input too."""
+    """Logits for source ids (B, S); the encoder-decoder also gets `target` as decoder input."""
     return model(source, target) if name == "encoder_decoder" else model(source)
 
 
-@pytest.mark.parametrize("use_cache", [False, True])
 @torch.no_grad()
-def test_a_future_token_cannot_change_the_past_in_a_decoder_only_model(use_cache):
+def test_a_future_token_cannot_change_the_past_in_a_decoder_only_model():
     model = random_model("decoder_only")
     before = model(torch.tensor([PROMPT]))
     for changed in range(len(PROMPT)):
@@ -66,7 +78,7 @@ def test_padding_cannot_change_a_real_position(name):
     target = torch.tensor([[SOS, 20, 16]])
     expected = logits_of(name, model, alone, target)
     out = logits_of(name, model, padded, target)
-    torch.testing.assert_close(out[:, :expected.size(1)], expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(out[:, : expected.size(1)], expected, atol=1e-10, rtol=0)
 
 
 @torch.no_grad()
@@ -74,7 +86,7 @@ def test_padding_in_the_target_cannot_change_a_real_position():
     model = random_model("encoder_decoder")
     source, target = torch.tensor([PROMPT[:3]]), torch.tensor([[SOS, 20, 16]])
     padded = torch.cat([target, torch.full((1, 4), PAD)], dim=1)
-    out = model(source, padded, None, (padded != PAD)[:, None, None])
+    out = model(source, padded)
     torch.testing.assert_close(out[:, :3], model(source, target), atol=1e-10, rtol=0)
 
 
@@ -88,7 +100,7 @@ def test_a_batch_equals_its_rows(name):
     out = logits_of(name, model, batch, target)
     for i, row in enumerate(rows):
         alone = logits_of(name, model, torch.tensor([row]), target[:1])
-        torch.testing.assert_close(out[i, :alone.size(1)], alone[0], atol=1e-10, rtol=0)
+        torch.testing.assert_close(out[i, : alone.size(1)], alone[0], atol=1e-10, rtol=0)
 
 
 @torch.no_grad()
@@ -98,14 +110,16 @@ def test_the_classifier_averages_real_tokens_only():
     padded = torch.cat([alone, torch.full((1, 5), PAD)], dim=1)
     torch.testing.assert_close(classifier(padded), classifier(alone), atol=1e-10, rtol=0)
     hidden, _ = classifier.encoder.encode(alone)
-    torch.testing.assert_close(classifier(alone), classifier.head(hidden.mean(1)), atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        classifier(alone), classifier.head(hidden.mean(1)), atol=1e-10, rtol=0
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_order_matters_without_positions_it_would_not(name):
-    # One layer: from the second on, a causal model can tell the order even without positions, because the first has shown
-    # each token only what came before it.
+    # One layer: from the second on, a causal model can tell the order even without positions,
+    # because the first has shown each token only what came before it.
     model = random_model(name, num_layers=1)
     tokens, swapped = torch.tensor([[10, 6, 13, 9]]), torch.tensor([[6, 10, 13, 9]])
     target = torch.tensor([[SOS]])
@@ -132,29 +146,30 @@ def test_every_parameter_gets_a_gradient(name):
     batch = next(iter(create_dataloaders(500, 5, 64, 0)[0]))
     SCRIPTS[name].compute_loss(model, batch).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or (p.grad == 0).all()]
-    # A key's bias adds the same to all scores of a query, and softmax ignores it: its gradient is rounding noise.
+    # A key's bias adds the same to all scores of a query, and softmax ignores it: its gradient is
+    # rounding noise.
     assert not [n for n in without if not n.endswith("w_k.bias")]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_attention_weights_that_are_shown_are_those_that_are_used(name):
+def test_a_model_gives_the_weights_of_each_layer_and_the_same_result_with_the_fused_kernel(name):
     model = random_model(name)
     tokens = torch.tensor([PROMPT, PROMPT[:3] + [PAD] * 4])
-    with torch.no_grad():
+
+    def run():
         if name == "encoder_only":
-            out, weights = model.encode(tokens, need_weights=True)
-            expected, none = model.encode(tokens)
-            shape = (2, 2, 7, 7)
-        elif name == "decoder_only":
-            out, weights = model.hidden_states(tokens, need_weights=True)
-            expected, none = model.hidden_states(tokens)
-            shape = (2, 2, 7, 7)
-        else:
-            kv, mask = model.memory_keys_values(model.encode(tokens)), (tokens != PAD)[:, None, None]
-            out, weights = model.decode(tokens[:, :3], kv, mask, need_weights=True)
-            expected, none = model.decode(tokens[:, :3], kv, mask)
-            shape = (2, 2, 3, 7)
-    assert none is None and len(weights) == 2
+            return model.encode(tokens)
+        if name == "decoder_only":
+            return model.decode(tokens)
+        memory, _ = model.encode(tokens)
+        return model.decode(tokens[:, :3], memory, (tokens != PAD)[:, None, None])
+
+    shape = (2, 2, 3 if name == "encoder_decoder" else 7, 7)
+    with torch.no_grad():
+        out, weights = run()
+        use_fused_attention(model)
+        expected, none = run()
+    assert none == [None, None] and len(weights) == 2
     torch.testing.assert_close(out, expected, atol=1e-10, rtol=0)
     for layer in weights:
         assert layer.shape == shape
@@ -162,14 +177,17 @@ def test_the_attention_weights_that_are_shown_are_those_that_are_used(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("tokens, words", [
-    (torch.empty(0, 4, dtype=torch.long), "shape"), (torch.empty(2, 0, dtype=torch.long), "shape"),
-    (torch.tensor([6, 7]), "shape"), (torch.tensor([[6, 26]]), "26 is outside"), (torch.tensor([[6, -1]]), "-1 is outside"),
-    (torch.tensor([[6, 7], [PAD, PAD]]), "nothing but <PAD>"), (torch.full((1, 65), 6), "max_len=64")])
-def test_tokens_that_a_model_cannot_read_are_refused_in_one_line(name, tokens, words):
-    with pytest.raises(ValueError, match=words) as error:
-        logits_of(name, random_model(name), tokens, torch.tensor([[SOS]]))
-    assert "\n" not in str(error.value)
+def test_a_forward_pass_compiles_as_one_graph(name):
+    model = random_model(name)
+    tokens, target = (
+        torch.tensor([PROMPT, PROMPT[:3] + [PAD] * 4]),
+        torch.tensor([[SOS, 20, 16]] * 2),
+    )
+    expected = logits_of(name, model, tokens, target)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(
+        logits_of(name, compiled, tokens, target), expected, atol=1e-10, rtol=0
+    )
 
 
 # --- checkpoints ----------------------------------------------------------------------
@@ -181,7 +199,7 @@ def test_a_saved_model_comes_back_the_same(name, tmp_path):
     assert loaded.arguments == model.arguments
     for key, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value)
-    assert loaded.output.weight is loaded.embedding.weight
+    assert loaded.output.weight is loaded.embedding.weight and not loaded.training
     assert os.listdir(tmp_path / "new folder") == ["model.pt"]  # the temporary file is gone
 
 
@@ -190,19 +208,44 @@ class Attack:
         return os.mkdir, ("pwned",)
 
 
-@pytest.mark.parametrize("damage, words", [
-    ("missing", "no checkpoint"), ("cut short", "cut short|damaged"), ("garbage", "cut short|damaged"),
-    ("empty", "cut short|damaged"), ("code", "not loaded"), ("a bare tensor", "not a checkpoint"),
-    ("other architecture", "DecoderOnlyTransformer"), ("other size", "does not fit"), ("other arguments", "does not fit"),
-    ("a folder", "no checkpoint")])
-def test_a_checkpoint_that_is_broken_or_foreign_is_refused_in_one_line(damage, words, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        ("missing", "no checkpoint"),
+        ("truncated", "damaged"),
+        ("garbage", "damaged"),
+        ("flipped bit", "damaged"),
+        ("empty", "damaged"),
+        ("code", "damaged or not"),
+        ("a bare tensor", "not a checkpoint"),
+        ("other architecture", "DecoderOnlyTransformer"),
+        ("other size", "does not fit"),
+        ("other arguments", "does not fit"),
+        ("a folder", "no checkpoint"),
+    ],
+)
+def test_a_checkpoint_that_is_broken_or_foreign_is_refused_in_one_line(
+    damage, words, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "model.pt"
     model = MODELS["encoder_only"](d_model=16, num_heads=2, num_layers=1, d_ff=32)
-    good = {"architecture": "EncoderOnlyTransformer", "arguments": model.arguments, "weights": model.state_dict()}
-    if damage == "cut short":
+    good = {
+        "architecture": "EncoderOnlyTransformer",
+        "arguments": model.arguments,
+        "weights": model.state_dict(),
+    }
+    if damage == "truncated":
         model.save(path)
         path.write_bytes(path.read_bytes()[:5000])
+    elif damage == "flipped bit":
+        model.save(path)
+        content = path.read_bytes()
+        weights = model.layers[0].attention.w_q.weight.detach().numpy().tobytes()
+        position = content.index(weights) + 77
+        path.write_bytes(
+            content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :]
+        )
     elif damage == "garbage":
         path.write_bytes(b"not a checkpoint at all" * 99)
     elif damage == "empty":
@@ -242,10 +285,10 @@ def test_a_failed_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
 
 
 @torch.no_grad()
-def test_the_blank_is_the_only_thing_fill_blanks_changes():
+def test_the_mask_is_the_only_thing_fill_masks_changes():
     model = random_model("encoder_only")
     rows = ["4 0 <MASK> <SEP> four zero seven".split(), "<MASK>".split(), "9 <SEP> nine".split()]
-    filled = encoder_only.fill_blanks(model, rows)
+    filled = encoder_only.fill_masks(model, rows)
     assert filled[2] == rows[2] and len(filled[1]) == 1
     assert filled[0][:2] + filled[0][3:] == rows[0][:2] + rows[0][3:]
     logits = model(torch.tensor([VOCABULARY.encode(rows[0])]))[0]
@@ -253,12 +296,31 @@ def test_the_blank_is_the_only_thing_fill_blanks_changes():
 
 
 @torch.no_grad()
-def test_evaluation_blanks_all_words_and_nothing_else():
+def test_evaluation_masks_all_words_and_nothing_else():
     model = random_model("encoder_only")
-    items = [{"digits": ["4", "0"], "words": ["four", "zero"], "source": [10, 6], "target": [20, 16]},
-             {"digits": ["7"], "words": ["seven"], "source": [13], "target": [23]}]
+    items = [
+        {"digits": ["4", "0"], "words": ["four", "zero"], "source": [10, 6], "target": [20, 16]},
+        {"digits": ["7"], "words": ["seven"], "source": [13], "target": [23]},
+    ]
     batch = collate_fn(items)
     logits, labels = encoder_only.predict(model, batch)
-    assert labels.tolist() == [[IGNORE_INDEX] * 3 + [20, 16], [IGNORE_INDEX] * 2 + [23] + [IGNORE_INDEX] * 2]
+    assert labels.tolist() == [
+        [IGNORE_INDEX] * 3 + [20, 16],
+        [IGNORE_INDEX] * 2 + [23] + [IGNORE_INDEX] * 2,
+    ]
     seen = torch.tensor([[10, 6, SEP, MASK, MASK], [13, SEP, MASK, PAD, PAD]])
     torch.testing.assert_close(logits, model(seen))
+
+
+def test_the_most_uncertain_position_is_scored_even_in_a_confident_model():
+    _, loader = create_dataloaders(300, 4, 32, 0)
+    model = MODELS["decoder_only"](d_model=16, num_heads=2, num_layers=1).eval()
+    with torch.no_grad():
+        model.final_norm.bias.copy_(400 * model.embedding.weight[7])  # certain of one token
+        model.final_norm.weight.mul_(0.01)
+    for confident in (True, False):
+        prefix = decoder_only.most_uncertain(model, loader)
+        assert "<SEP>" in prefix, confident
+        with torch.no_grad():
+            model.final_norm.bias.zero_()
+            model.final_norm.weight.fill_(1.0)

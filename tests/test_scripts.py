@@ -1,4 +1,5 @@
-"""Every script as a user runs it: the results it promises, and what it says when something cannot work."""
+"""Every script as a user runs it: what it promises, and what it says when something is wrong."""
+
 import importlib
 import os
 import re
@@ -9,10 +10,19 @@ import sys
 import time
 
 import pytest
+import torch
 
-from conftest import MODELS, finished, last_lines_as_promised, refused, run_of
+from conftest import MODELS, ROOT, finished, last_lines_as_promised, refused, run_of
+from toy_dataset import WORD_OF
 
-SMALL = {"NUM_EPOCHS": 1, "NUM_SAMPLES": 300, "D_MODEL": 16, "NUM_HEADS": 2, "NUM_LAYERS": 1, "D_FF": 32}
+SMALL = {
+    "NUM_EPOCHS": 1,
+    "NUM_SAMPLES": 300,
+    "D_MODEL": 16,
+    "NUM_HEADS": 2,
+    "NUM_LAYERS": 1,
+    "D_FF": 32,
+}
 ARCHITECTURES = ["encoder_only", "decoder_only", "encoder_decoder"]
 
 
@@ -29,22 +39,29 @@ def test_a_script_does_what_its_first_lines_promise(script):
     assert last_lines_as_promised(script, done.stdout)
 
     if script == "toy_dataset":
-        assert last_lines_as_promised(script, done.stdout, to_the_letter=True)  # nothing here is measured
+        assert last_lines_as_promised(
+            script, done.stdout, to_the_letter=True
+        )  # nothing here is measured
     elif script == "quick_start":
         for name in ("encoder-only", "decoder-only", "encoder-decoder"):
             rows = [line for line in lines if line.startswith(name + " ")]
             assert len(rows) == 1
             assert re.fullmatch(name + r" +[\d,]+ +\d+\.\d +\d+ +\d+\.\d%", rows[0]), rows[0]
             assert percentages(rows[0], name)[0] >= 99.0
-            model = MODELS[name.replace("-", "_")].load(workplace.folder / "checkpoints" / (name.replace("-", "_") + ".pt"))
+            model = MODELS[name.replace("-", "_")].load(
+                workplace.folder / "checkpoints" / (name.replace("-", "_") + ".pt")
+            )
             assert f"{sum(p.numel() for p in model.parameters()):,}" in rows[0]
-        assert int(re.search(r"on (\d+) unseen", done.stdout)[1]) >= 500
+        assert int(re.search(r"on (\d+) held-out", done.stdout)[1]) >= 500
     else:
         assert percentages(done.stdout, "digits to words")[0] >= 99.5
+        assert done.stdout.index("saved checkpoints/") < done.stdout.index(
+            "\n2. "
+        )  # before the demonstrations
         MODELS[script].load(workplace.folder / "checkpoints" / f"{script}.pt")
         if script == "encoder_only":
             assert percentages(done.stdout, "words to digits")[0] >= 95.0
-            assert percentages(done.stdout, "which is the largest number\\?  ")[0] >= 99.0
+            assert percentages(done.stdout, "which is the largest digit\\?  ")[0] >= 99.0
 
 
 def test_a_constant_that_cannot_work_is_one_line_and_exit_code_2_for_a_user_too(workplace):
@@ -55,11 +72,18 @@ def test_a_constant_that_cannot_work_is_one_line_and_exit_code_2_for_a_user_too(
 
 
 @pytest.mark.parametrize("script", [*ARCHITECTURES, "quick_start"])
-@pytest.mark.parametrize("constants, words", [
-    ({"NUM_HEADS": 3}, "NUM_HEADS=3 does not divide D_MODEL=64: use 1, 2, 4, 8, ..."),
-    ({"BATCH_SIZE": 5402}, "BATCH_SIZE=5402 is larger than the 5401 training sequences"),
-    ({"NUM_SAMPLES": 111111}, "only 111110 distinct sequences"), ({"LEARNING_RATE": float("nan")}, "LEARNING_RATE=nan")])
-def test_a_constant_that_cannot_work_is_one_line_and_exit_code_2(script, constants, words, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "constants, words",
+    [
+        ({"NUM_HEADS": 3}, "NUM_HEADS=3 does not divide D_MODEL=64: use 1, 2, 4, 8, ..."),
+        ({"BATCH_SIZE": 5402}, "BATCH_SIZE=5402 is larger than the 5399 training sequences"),
+        ({"NUM_SAMPLES": 111111}, "only 111110 distinct sequences"),
+        ({"LEARNING_RATE": float("nan")}, "LEARNING_RATE=nan"),
+    ],
+)
+def test_a_constant_that_cannot_work_is_one_line_and_exit_code_2(
+    script, constants, words, monkeypatch, capsys
+):
     assert words in refused(importlib.import_module(script), monkeypatch, capsys, **constants)
 
 
@@ -82,8 +106,10 @@ def test_a_checkpoint_that_cannot_be_written_does_not_cost_the_result(script, wo
     assert "exact match" in done.stdout and "warning: could not save checkpoints/" in done.stdout
 
 
-@pytest.mark.skipif(os.name == "nt" or (hasattr(os, "geteuid") and os.geteuid() == 0),
-                    reason="only a user without administrator rights can be kept out of a folder")
+@pytest.mark.skipif(
+    os.name == "nt" or (hasattr(os, "geteuid") and os.geteuid() == 0),
+    reason="only a user without administrator rights can be kept out of a folder",
+)
 def test_a_read_only_folder_does_not_cost_the_result(workplace):
     workplace.set("decoder_only", **SMALL)
     folder = workplace.folder / "checkpoints"
@@ -98,11 +124,19 @@ def test_ctrl_c_ends_a_script_in_one_line_and_leaves_what_was_saved(workplace):
     checkpoint = workplace.folder / "checkpoints" / "decoder_only.pt"
     MODELS["decoder_only"](d_model=16, num_heads=2).save(checkpoint)
     before = checkpoint.read_bytes()
-    # Whoever starts the tests in the background hands down that SIGINT is ignored; a user at a terminal does not.
-    run = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); " \
-          "runpy.run_path('decoder_only.py', run_name='__main__')"
-    process = subprocess.Popen([sys.executable, "-u", "-c", run], cwd=workplace.folder, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    # Whoever starts the tests in the background hands down that SIGINT is ignored; a user at a
+    # terminal does not.
+    run = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_path('decoder_only.py', run_name='__main__')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", run],
+        cwd=workplace.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
         if "1. Training" in line:
             break
@@ -115,8 +149,15 @@ def test_ctrl_c_ends_a_script_in_one_line_and_leaves_what_was_saved(workplace):
 
 
 @pytest.mark.parametrize("script", ARCHITECTURES)
-@pytest.mark.parametrize("constants", [{"MAX_DIGITS": 1, "NUM_SAMPLES": 10, "BATCH_SIZE": 2}, {"MAX_DIGITS": 9},
-                                       {"DROPOUT": 0.3, "NUM_HEADS": 1}, {"WARMUP_STEPS": 0, "BATCH_SIZE": 270}])
+@pytest.mark.parametrize(
+    "constants",
+    [
+        {"MAX_DIGITS": 2, "NUM_SAMPLES": 110, "BATCH_SIZE": 2},
+        {"MAX_DIGITS": 9},
+        {"DROPOUT": 0.3, "NUM_HEADS": 1},
+        {"WARMUP_STEPS": 0, "BATCH_SIZE": 270},
+    ],
+)
 def test_constants_at_the_edge_still_run_to_the_end(script, constants, workplace):
     workplace.set(script, **{**SMALL, **constants})
     done = workplace.run(script)
@@ -125,6 +166,143 @@ def test_constants_at_the_edge_still_run_to_the_end(script, constants, workplace
 
 
 def test_a_script_runs_from_any_folder(workplace, tmp_path_factory):
-    done = subprocess.run([sys.executable, str(workplace.folder / "toy_dataset.py")], cwd=tmp_path_factory.mktemp("else"),
-                          capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, str(workplace.folder / "toy_dataset.py")],
+        cwd=tmp_path_factory.mktemp("else"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0
+
+
+# --- the two scripts that import nothing of ours ----------------------------------------
+def test_the_tiny_gpt_fits_on_one_screen_and_reaches_98_percent(workplace):
+    assert len((workplace.folder / "tiny_gpt.py").read_text(encoding="utf-8").splitlines()) <= 90
+    done = workplace.run("tiny_gpt")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert percentages(done.stdout, "exact match on 511 held-out numbers")[0] >= 98.0
+    examples = re.findall(r"^([\d ]+) = ([a-z ]+) \.$", done.stdout, flags=re.MULTILINE)
+    assert [len(digits.split()) for digits, _ in examples] == [1, 2, 3, 4, 5]
+    assert [[WORD_OF[d] for d in digits.split()] for digits, _ in examples] == [
+        words.split() for _, words in examples
+    ]
+
+
+def test_the_tiny_gpt_is_the_decoder_only_transformer(capsys):
+    source = (ROOT / "tiny_gpt.py").read_text(encoding="utf-8").replace("= 0, 700, ", "= 3, 2, ")
+    tiny = {}
+    exec(compile(source, "tiny_gpt.py", "exec"), tiny)
+    ours = MODELS["decoder_only"](
+        vocab_size=len(tiny["TOKENS"]),
+        d_model=tiny["D"],
+        d_ff=4 * tiny["D"],
+        num_heads=tiny["HEADS"],
+        num_layers=tiny["LAYERS"],
+    )
+    names = {
+        "embedding": "embedding.weight",
+        "blocks.": "layers.",
+        ".q.": ".self_attention.w_q.",
+        ".k.": ".self_attention.w_k.",
+        ".v.": ".self_attention.w_v.",
+        ".o.": ".self_attention.w_o.",
+        ".mlp.0.": ".feed_forward.widen.",
+        ".mlp.2.": ".feed_forward.narrow.",
+    }
+    weights = {}
+    for name, value in tiny["model"].state_dict().items():
+        ours_name = f"final_{name}" if name.startswith("norm.") else name
+        for theirs, mine in names.items():
+            ours_name = ours_name.replace(theirs, mine)
+        weights[ours_name] = value
+    ours.load_state_dict({**weights, "output.weight": weights["embedding.weight"]})
+    rows = torch.tensor([tiny["encode"]("40725"), tiny["encode"]("13133")])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(rows), tiny["model"](rows), atol=1e-5, rtol=0)
+
+
+def test_every_stage_of_attention_by_hand_agrees_with_the_stage_before():
+    done = finished("attention_by_hand")[1]
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.count(": True") == 5 and "False" not in done.stdout
+    assert last_lines_as_promised("attention_by_hand", done.stdout, to_the_letter=False)
+    largest = [
+        [float(x) for x in re.findall(r"largest weight ([\d.]+)", line)]
+        for line in done.stdout.splitlines()
+        if line.startswith("  K = ")
+    ]
+    assert largest[0][0] < largest[1][0] < largest[2][0] and largest[2][0] > 0.9
+    assert max(scaled for _, scaled in largest) < 0.3
+
+
+# --- try it -----------------------------------------------------------------------------
+@pytest.mark.parametrize("script", ARCHITECTURES, ids=run_of)
+def test_after_a_run_a_script_answers_what_follows_its_name(script):
+    place, _ = finished(script)
+    done = place.run(script, "4", "0", "7")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout.splitlines()[0] == "4 0 7  ->  four zero seven"
+    assert re.search(r"^ +4 +0 +7", done.stdout, flags=re.MULTILINE)  # one attention table
+    weights = re.findall(
+        r"^  (?:->|<MASK>) \S+ +((?:\d\.\d\d *)+)$", done.stdout, flags=re.MULTILINE
+    )
+    assert len(weights) == (3 if script == "encoder_only" else 4)
+    for row in weights:
+        assert sum(map(float, row.split())) == pytest.approx(1, abs=0.06)
+    if script == "encoder_only":
+        back = place.run(script, "four", "zero", "seven")
+        assert back.stdout.splitlines()[0] == "four zero seven  ->  4 0 7"
+        assert "length was given" in back.stdout and "length was given" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "script, words, message",
+    [
+        ("decoder_only", ["4", "x"], "'x' is unknown: use 0 1 2"),
+        ("encoder_decoder", ["407"], "'407' is unknown"),
+        ("encoder_only", ["four", "0"], "'0' is unknown: use zero one"),
+        ("decoder_only", ["\u0664"], "'\\u0664' is unknown"),
+        ("decoder_only", ["4"], "no checkpoint at checkpoints/decoder_only.pt"),
+        ("toy_dataset", ["--help"], "toy_dataset.py takes no arguments"),
+        ("train_all", ["4"], "takes no arguments"),
+    ],
+)
+def test_words_that_a_script_cannot_answer_cost_one_line(script, words, message, workplace):
+    done = workplace.run(script, *words)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_code_that_a_reader_broke_keeps_its_traceback(workplace):
+    path = workplace.folder / "decoder_only.py"
+    path.write_text(path.read_text().replace("queries @ keys.transpose(-2, -1)", "queries @ keys"))
+    done = workplace.run("decoder_only")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "in attention" in done.stderr
+
+
+# --- what you read is what runs -----------------------------------------------------------
+@pytest.mark.parametrize("script", [*ARCHITECTURES, "tiny_gpt"])
+def test_editing_the_formula_changes_what_the_script_trains(script, workplace):
+    """A score times 3 in the text of the formula: the losses of the first steps must differ."""
+    path = workplace.folder / f"{script}.py"
+    source = path.read_text(encoding="utf-8")
+    assert source.count("queries @ keys") + source.count("q @ k") == 1
+    if script == "tiny_gpt":
+        source = source.replace(
+            "STEPS, ROWS, D, HEADS, LAYERS = 0, 700", "STEPS, ROWS, D, HEADS, LAYERS = 0, 100"
+        )
+    else:
+        path.write_text(source, encoding="utf-8")
+        workplace.set(script, **SMALL)
+        source = path.read_text(encoding="utf-8").replace("NUM_SAMPLES = 300", "NUM_SAMPLES = 1000")
+    printed = []
+    for edited in (
+        source,
+        source.replace("queries @ keys", "3 * queries @ keys").replace("q @ k", "3 * q @ k"),
+    ):
+        path.write_text(edited, encoding="utf-8")
+        done = workplace.run(script)
+        assert done.returncode == 0, done.stderr
+        printed.append(re.findall(r"(?:train )?loss \d+\.\d+", done.stdout))
+    assert printed[0] and printed[0] != printed[1]

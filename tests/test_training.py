@@ -1,32 +1,58 @@
-"""Training: the blanks are what BERT says, the schedule moves from the first step, and a broken run stops itself."""
+"""Training: masks as in BERT, warmup from the first step, and a broken run that stops itself."""
+
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import encoder_only
-from conftest import MODELS, SCRIPTS
-from toy_dataset import (FIRST_ORDINARY, IGNORE_INDEX, MASK, PAD, SEP, VOCABULARY, check_constants, create_dataloaders,
-                         pad_rows, to_device)
+from conftest import MODELS, ROOT, SCRIPTS
+from housekeeping import RULES, check_constants
+from toy_dataset import (
+    FIRST_ORDINARY,
+    IGNORE_INDEX,
+    MASK,
+    PAD,
+    SEP,
+    VOCABULARY,
+    WORD_OF,
+    create_dataloaders,
+    pad_rows,
+    to_device,
+)
 
-PAIRS = pad_rows([VOCABULARY.encode("4 0 7 2 9 <SEP> four zero seven two nine"), VOCABULARY.encode("3 <SEP> three")] * 3000,
-                 PAD)
+PAIRS = pad_rows(
+    [
+        VOCABULARY.encode("4 0 7 2 9 <SEP> four zero seven two nine"),
+        VOCABULARY.encode("3 <SEP> three"),
+    ]
+    * 3000,
+    PAD,
+)
 
 
 @pytest.fixture(scope="module")
 def masked():
-    return encoder_only.mask_tokens(PAIRS, torch.Generator().manual_seed(0))
+    return encoder_only.mask_tokens(PAIRS, generator=torch.Generator().manual_seed(0))
 
 
 def test_selected_tokens_become_80_percent_masks_10_percent_others_and_10_percent_stay(masked):
     corrupted, labels = masked
     selected = labels != IGNORE_INDEX
-    shares = torch.tensor([(corrupted[selected] == MASK).double().mean(),
-                           ((corrupted != MASK) & (corrupted != PAIRS))[selected].double().mean(),
-                           (corrupted == PAIRS)[selected].double().mean()])
-    # One in twenty random tokens happens to be the original: 10 % * 19/20, and the rest goes to "stay".
-    torch.testing.assert_close(shares, torch.tensor([0.8, 0.095, 0.105]).double(), atol=0.012, rtol=0)
+    shares = torch.tensor(
+        [
+            (corrupted[selected] == MASK).double().mean(),
+            ((corrupted != MASK) & (corrupted != PAIRS))[selected].double().mean(),
+            (corrupted == PAIRS)[selected].double().mean(),
+        ]
+    )
+    # One in twenty random tokens happens to be the original: 10 % * 19/20, and the rest goes to
+    # "stay".
+    torch.testing.assert_close(
+        shares, torch.tensor([0.8, 0.095, 0.105]).double(), atol=0.012, rtol=0
+    )
 
 
 def test_only_selected_positions_change_and_only_they_have_labels(masked):
@@ -43,7 +69,9 @@ def test_special_tokens_are_never_selected_and_never_a_replacement(masked):
     changed = corrupted[corrupted != PAIRS]
     assert ((changed == MASK) | (changed >= FIRST_ORDINARY)).all()
     others = changed[changed != MASK]
-    assert set(others.tolist()) == set(range(FIRST_ORDINARY, 26))  # every digit and every word occurs
+    assert set(others.tolist()) == set(
+        range(FIRST_ORDINARY, 26)
+    )  # every digit and every word occurs
 
 
 def test_each_row_has_blanks_on_one_side_both_sides_occur_and_so_does_the_all_blank_row(masked):
@@ -71,17 +99,19 @@ def test_in_training_blanks_are_drawn_anew_in_evaluation_they_are_fixed():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("total, warmup", [(100, 10), (1000, 40), (5, 40), (3, 0), (1, 0)])
-def test_the_learning_rate_moves_at_once_peaks_once_and_ends_low(name, total, warmup, monkeypatch):
-    monkeypatch.setattr(SCRIPTS[name], "WARMUP_STEPS", warmup)
-    factors = [SCRIPTS[name].lr_factor(step, total) for step in range(total)]
+def test_the_learning_rate_moves_at_once_peaks_once_and_ends_low(name, total, warmup):
+    factors = [SCRIPTS[name].lr_factor(step, total, warmup) for step in range(total)]
     assert all(0 < factor <= 1 for factor in factors)
-    up = factors[:min(warmup, total)]
+    up = factors[: min(warmup, total)]
     assert up == sorted(up)
     if total > warmup > 0:
         assert factors[warmup - 1] == 1.0 and factors[0] == 1 / warmup
         assert factors[warmup:] == sorted(factors[warmup:], reverse=True)
         assert factors[-1] < 0.1
-    assert SCRIPTS[name].lr_factor(10 * total + warmup, total) == pytest.approx(0.05)  # and stays there
+    for after in (10 * total + warmup, total + warmup + 2):  # and stays there
+        assert SCRIPTS[name].lr_factor(after, total, warmup) == pytest.approx(0.05)
+    if total > warmup + 1:
+        assert SCRIPTS[name].lr_factor(total - 1, total, warmup, 0.2) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -97,7 +127,9 @@ def test_the_loss_is_the_mean_over_the_labels_that_count(name):
                 count += 1
     assert SCRIPTS[name].compute_loss(model, batch).item() == pytest.approx(total / count, rel=1e-4)
     words = sum(len(row) for row in batch["words"])
-    assert count == words + (0 if name == "encoder_only" else len(batch["words"]))  # <EOS> counts too, digits never
+    assert count == words + (
+        0 if name == "encoder_only" else len(batch["words"])
+    )  # <EOS> counts too, digits never
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -116,13 +148,13 @@ def test_evaluation_is_the_same_for_every_batch_size_and_changes_nothing(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_exact_match_counts_what_translate_writes(name, monkeypatch):
-    """Half of the rows made right, one word made wrong in the others: exact match says one half, mistakes come first."""
+    """Every second row is correct: exact match is one half, and mistakes come first."""
     script = SCRIPTS[name]
     _, loader = create_dataloaders(1000, 5, 10, 0)
-    turn = iter(range(10 ** 6))
+    turn = iter(range(10**6))
 
     def half_right(model, sequences):
-        words = [[VOCABULARY.tokens[VOCABULARY.ids[d] + 10] for d in digits] for digits in sequences]
+        words = [[WORD_OF[d] for d in digits] for digits in sequences]
         return [row if next(turn) % 2 else row[:-1] + ["<EOS>"] for row in words]
 
     monkeypatch.setattr(script, "translate", half_right)
@@ -137,7 +169,12 @@ def test_a_stop_too_early_or_too_late_is_a_mistake(name):
     if name == "encoder_only":
         pytest.skip("it is told how many words to write: there is no stop to get wrong")
     script, model = SCRIPTS[name], MODELS[name](d_model=16, num_heads=2, num_layers=1)
-    written = {"early": [20, 2], "right": [20, 16, 2], "late": [20, 16, 16, 2], "never": [20, 16, 16, 16]}
+    written = {
+        "early": [20, 2],
+        "right": [20, 16, 2],
+        "late": [20, 16, 16, 2],
+        "never": [20, 16, 16, 16],
+    }
     for ids in written.values():
         model.generate = lambda *a, ids=ids, **k: [ids]
         right = script.translate(model, [["4", "0"]]) == [["four", "zero"]]
@@ -146,11 +183,11 @@ def test_a_stop_too_early_or_too_late_is_a_mistake(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_one_batch_is_learned_by_heart(name):
-    """The cheapest test that finds a broken residual, a wrong shift or a frozen weight: the loss must go to about 0."""
+    """The loss goes to 0 unless a residual is broken, a shift wrong, or a weight frozen."""
     script = SCRIPTS[name]
     model = MODELS[name](d_model=32, num_heads=2, num_layers=2, d_ff=64)
     batch = next(iter(create_dataloaders(200, 4, 8, 0)[0]))
-    optimizer, _ = script.create_optimizer(model, 3e-3, 300)
+    optimizer, _ = script.create_optimizer(model, 3e-3, 300, 40)
     for group in optimizer.param_groups:
         group["lr"] = 3e-3
     first = script.compute_loss(model, batch).item()
@@ -168,13 +205,13 @@ def test_one_batch_is_learned_by_heart(name):
 def test_a_loss_that_is_no_number_stops_the_run_with_the_step_and_a_hint(name):
     script, model = SCRIPTS[name], MODELS[name](d_model=16, num_heads=2, num_layers=1)
     train_loader, _ = create_dataloaders(300, 4, 32, 0)
-    optimizer, scheduler = script.create_optimizer(model, 1e-3, 100)
-    script.train_epoch(model, train_loader, optimizer, scheduler)
+    optimizer, scheduler = script.create_optimizer(model, 1e-3, 100, 40)
+    script.train_epoch(model, train_loader, optimizer, scheduler, 1.0)
     steps = len(train_loader)
     with torch.no_grad():
         model.embedding.weight[7] = math.nan
     with pytest.raises(ValueError, match=rf"nan at step {steps}.*LEARNING_RATE"):
-        script.train_epoch(model, train_loader, optimizer, scheduler)
+        script.train_epoch(model, train_loader, optimizer, scheduler, 1.0)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -184,19 +221,26 @@ def test_an_epoch_is_the_plainest_loop_there_is(name):
     for _ in range(2):
         torch.manual_seed(3)
         models.append(MODELS[name](d_model=16, num_heads=2, num_layers=1, d_ff=32))
-    # SGD, because Adam divides by the gradient's size and makes a full step of what is rounding noise.
+    # SGD, because Adam divides by the gradient's size and makes a full step of what is rounding
+    # noise.
     optimizer = torch.optim.SGD(models[0].parameters(), lr=0.1)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: script.lr_factor(step, 30))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: script.lr_factor(step, 30, 5)
+    )
     torch.manual_seed(4)
-    script.train_epoch(models[0], create_dataloaders(300, 4, 32, 0)[0], optimizer, scheduler)
+    script.train_epoch(models[0], create_dataloaders(300, 4, 32, 0)[0], optimizer, scheduler, 0.5)
 
     torch.manual_seed(4)
     for step, batch in enumerate(create_dataloaders(300, 4, 32, 0)[0]):
-        gradients = torch.autograd.grad(script.compute_loss(models[1], batch), list(models[1].parameters()))
+        gradients = torch.autograd.grad(
+            script.compute_loss(models[1], batch), list(models[1].parameters())
+        )
         length = math.sqrt(sum((gradient.double() ** 2).sum().item() for gradient in gradients))
         with torch.no_grad():
             for parameter, gradient in zip(models[1].parameters(), gradients):
-                parameter.sub_(0.1 * script.lr_factor(step, 30) * gradient * min(1.0, script.CLIP_NORM / length))
+                parameter.sub_(
+                    0.1 * script.lr_factor(step, 30, 5) * gradient * min(1.0, 0.5 / length)
+                )
     for a, b in zip(models[0].parameters(), models[1].parameters()):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
@@ -208,8 +252,13 @@ def test_training_is_reproducible(name):
         torch.manual_seed(7)
         model = MODELS[name](d_model=16, num_heads=2, num_layers=1, dropout=0.1)
         train_loader, _ = create_dataloaders(300, 4, 32, 0)
-        optimizer, scheduler = SCRIPTS[name].create_optimizer(model, 1e-3, 100)
-        losses.append([SCRIPTS[name].train_epoch(model, train_loader, optimizer, scheduler) for _ in range(2)])
+        optimizer, scheduler = SCRIPTS[name].create_optimizer(model, 1e-3, 100, 40)
+        losses.append(
+            [
+                SCRIPTS[name].train_epoch(model, train_loader, optimizer, scheduler, 1.0)
+                for _ in range(2)
+            ]
+        )
     assert losses[0] == losses[1]
 
 
@@ -218,8 +267,10 @@ def test_the_classifier_does_not_change_the_encoder_it_was_made_from():
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     classifier = encoder_only.LargestDigitClassifier(encoder)
     train_loader, val_loader = create_dataloaders(300, 4, 32, 0)
-    optimizer, scheduler = encoder_only.create_optimizer(classifier, 1e-2, 30)
-    encoder_only.train_epoch(classifier, train_loader, optimizer, scheduler, encoder_only.classifier_loss)
+    optimizer, scheduler = encoder_only.create_optimizer(classifier, 1e-2, 30, 5)
+    encoder_only.train_epoch(
+        classifier, train_loader, optimizer, scheduler, 1.0, encoder_only.classifier_loss
+    )
     assert all(torch.equal(before[key], value) for key, value in encoder.state_dict().items())
     assert not torch.equal(before["embedding.weight"], classifier.encoder.embedding.weight)
     batch = to_device(next(iter(val_loader)), "cpu")
@@ -228,16 +279,32 @@ def test_the_classifier_does_not_change_the_encoder_it_was_made_from():
     assert 0 <= encoder_only.evaluate_classifier(classifier, val_loader) <= 1
 
 
-@pytest.mark.parametrize("constants, words", [
-    ({"NUM_HEADS": 3, "D_MODEL": 64}, "NUM_HEADS=3 does not divide D_MODEL=64: use 1, 2, 4, 8, ..."),
-    ({"D_MODEL": 65, "NUM_HEADS": 5}, "D_MODEL=65 must be even"), ({"D_MODEL": 0}, "D_MODEL=0 is too small"),
-    ({"NUM_LAYERS": True}, "NUM_LAYERS=True is not a whole number"), ({"NUM_EPOCHS": 1.5}, "NUM_EPOCHS=1.5 is not a whole"),
-    ({"BATCH_SIZE": "64"}, "BATCH_SIZE='64' is not a whole"), ({"SEED": -1}, "SEED=-1"), ({"SEED": 10 ** 400}, "too large"),
-    ({"LEARNING_RATE": 0}, "LEARNING_RATE=0 "), ({"LEARNING_RATE": math.nan}, "LEARNING_RATE=nan is not a number"),
-    ({"LEARNING_RATE": None}, "LEARNING_RATE=None is not a number"), ({"DROPOUT": 1.0}, "DROPOUT=1.0"),
-    ({"DROPOUT": -0.1}, "DROPOUT=-0.1"), ({"VALIDATION_SHARE": 0}, "VALIDATION_SHARE=0"),
-    ({"MASK_SHARE": 0.8, "RANDOM_SHARE": 0.3}, "add up to more than 1"), ({"DEVICE": "tpu"}, "DEVICE='tpu'"),
-    ({"BEAM_WIDTH": 0}, "BEAM_WIDTH=0"), ({"LENGTH_PENALTY": -1}, "LENGTH_PENALTY=-1")])
+@pytest.mark.parametrize(
+    "constants, words",
+    [
+        (
+            {"NUM_HEADS": 3, "D_MODEL": 64},
+            "NUM_HEADS=3 does not divide D_MODEL=64: use 1, 2, 4, 8, ...",
+        ),
+        ({"D_MODEL": 65, "NUM_HEADS": 5}, "D_MODEL=65 must be even"),
+        ({"D_MODEL": 0}, "D_MODEL=0 is out of range"),
+        ({"NUM_LAYERS": True}, "NUM_LAYERS=True is not a whole number"),
+        ({"NUM_EPOCHS": 1.5}, "NUM_EPOCHS=1.5 is not a whole"),
+        ({"BATCH_SIZE": "64"}, "BATCH_SIZE='64' is not a whole"),
+        ({"SEED": -1}, "SEED=-1"),
+        ({"SEED": 10**400}, "SEED=(a huge number)"),
+        ({"LEARNING_RATE": 0}, "LEARNING_RATE=0 "),
+        ({"LEARNING_RATE": math.nan}, "LEARNING_RATE=nan is out of range"),
+        ({"LEARNING_RATE": None}, "LEARNING_RATE=None is not a number"),
+        ({"DROPOUT": 1.0}, "DROPOUT=1.0"),
+        ({"DROPOUT": -0.1}, "DROPOUT=-0.1"),
+        ({"VALIDATION_SHARE": 0}, "VALIDATION_SHARE=0"),
+        ({"MASK_SHARE": 0.8, "RANDOM_SHARE": 0.3}, "add up to more than 1"),
+        ({"DEVICE": "tpu"}, "DEVICE='tpu'"),
+        ({"BEAM_WIDTH": 0}, "BEAM_WIDTH=0"),
+        ({"LENGTH_PENALTY": -1}, "LENGTH_PENALTY=-1"),
+    ],
+)
 def test_constants_that_cannot_work_are_refused_by_name_value_and_fix(constants, words):
     with pytest.raises(ValueError) as error:
         check_constants(constants)
@@ -245,5 +312,27 @@ def test_constants_that_cannot_work_are_refused_by_name_value_and_fix(constants,
 
 
 def test_constants_that_work_pass():
-    check_constants({"D_MODEL": 64, "NUM_HEADS": 4, "DROPOUT": 0, "LEARNING_RATE": 1, "MASK_SHARE": 1.0, "RANDOM_SHARE": 0,
-                     "DEVICE": "cpu", "SOMETHING_ELSE": object()})
+    check_constants(
+        {
+            "D_MODEL": 64,
+            "NUM_HEADS": 4,
+            "DROPOUT": 0,
+            "LEARNING_RATE": 1,
+            "MASK_SHARE": 1.0,
+            "RANDOM_SHARE": 0,
+            "DEVICE": "cpu",
+            "SOMETHING_ELSE": object(),
+        }
+    )
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in ROOT.glob("*.py")))
+def test_every_constant_in_a_block_of_constants_has_a_rule(script):
+    text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+    blocks = re.findall(r"# CONSTANTS - .*\n# =+\n((?:.*\n)*?)# =+\n", text)
+    names = set(re.findall(r"^([A-Z_]+) = ", "".join(blocks), flags=re.MULTILINE))
+    assert names <= RULES.keys() | {"DEVICE", "SENTENCE"}  # these two are checked on their own
+    for name in names:
+        kind, *limits = RULES.get(name, (bool,))
+        if limits:
+            check_constants({name: limits[2]} | ({"D_MODEL": 64} if name == "NUM_HEADS" else {}))

@@ -1,0 +1,348 @@
+"""
+housekeeping.py - checks, checkpoints, and running a script
+
+Nothing in this file is about transformers. Skip it on a first reading.
+
+It holds what every script needs and no lesson should have to repeat:
+
+    check_constants, check_arguments    one table of valid values
+    save_model, load_checkpoint         files that a crash cannot corrupt
+    run_script                          one line for a mistake that you can fix, else a traceback
+"""
+import contextlib
+import hashlib
+import io
+import math
+import os
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent
+CHECKPOINTS = ROOT / "checkpoints"
+
+
+class InputError(ValueError):
+    """A mistake that the user can fix. The message is one line: what was wrong, and what works."""
+
+
+# -------------------------------------------------------------------------------------
+# Constants and arguments
+# -------------------------------------------------------------------------------------
+# name: (type, lowest, highest, an example). A constant and its argument share a rule.
+RULES = {
+    # the model
+    "D_MODEL": (int, 2, 16384, 64), "D_FF": (int, 1, 65536, 256), "NUM_HEADS": (int, 1, 1024, 4),
+    "NUM_LAYERS": (int, 1, 1000, 2), "DROPOUT": (float, 0, 0.99, 0.1),
+    "VOCAB_SIZE": (int, 1, 10 ** 6, 26), "MAX_LEN": (int, 1, 10 ** 6, 64),
+    # the task
+    "NUM_SAMPLES": (int, 1, 10 ** 7, 6000), "MAX_DIGITS": (int, 1, 18, 5),
+    "VALIDATION_SHARE": (float, 0.001, 0.99, 0.1), "MASK_SHARE": (float, 0, 1, 0.8),
+    "RANDOM_SHARE": (float, 0, 1, 0.1), "MIN_MASKING_RATE": (float, 0, 1, 0.15),
+    # training
+    "BATCH_SIZE": (int, 1, 10 ** 6, 64), "ACCUMULATION_STEPS": (int, 1, 10 ** 6, 2),
+    "NUM_EPOCHS": (int, 1, 10 ** 6, 4), "FINETUNE_EPOCHS": (int, 1, 10 ** 6, 4),
+    "TRAIN_EPOCHS": (int, 1, 10 ** 6, 3), "NUM_STEPS": (int, 1, 10 ** 6, 500),
+    "ABLATION_STEPS": (int, 1, 10 ** 6, 250), "UNDERTRAINED_STEPS": (int, 1, 10 ** 6, 60),
+    "LEARNING_RATE": (float, 1e-9, 1e30, 0.003), "MIN_LEARNING_RATE": (float, 0, 1e30, 5e-5),
+    "FINETUNE_LEARNING_RATE": (float, 1e-9, 1e30, 0.001), "WARMUP_STEPS": (int, 0, 10 ** 6, 40),
+    "CLIP_NORM": (float, 1e-9, 1e30, 1.0), "WEIGHT_DECAY": (float, 0, 1, 0.01),
+    "LABEL_SMOOTHING": (float, 0, 0.99, 0.1), "PRECISION": (("float32", "bfloat16", "float16"),),
+    "GRADIENT_CHECKPOINTING": (bool,), "COMPILE": (bool,), "FUSED_ATTENTION": (bool,),
+    # the run
+    "SEED": (int, 0, 2 ** 63 - 1, 0), "NUM_THREADS": (int, 1, 1024, 1),
+    "NUM_EXAMPLES": (int, 1, 10 ** 6, 4), "RESUME_EVERY": (int, 1, 10 ** 9, 50),
+    "PROFILE_STEPS": (int, 0, 1000, 5), "EVALUATE_EVERY": (int, 1, 10 ** 6, 25),
+    # generation
+    "max_new_tokens": (int, 1, 10 ** 6, 8), "temperature": (float, 0, 1e30, 0.7),
+    "top_k": (int, 1, 10 ** 6, 5), "top_p": (float, 1e-6, 1, 0.9),
+    "repetition_penalty": (float, 0.01, 100, 1.2), "BEAM_WIDTH": (int, 1, 1000, 4),
+    "LENGTH_PENALTY": (float, 0, 10, 1.0),
+}
+KIND = {int: "a whole number", float: "a number"}
+
+
+def check_value(name, value):
+    """Raise InputError unless the rule for `name` allows `value`."""
+    kind, *limits = RULES.get(name) or RULES[name.upper()]
+    if kind is bool or isinstance(kind, tuple):
+        allowed = (True, False) if kind is bool else kind
+        if not any(type(value) is type(one) and value == one for one in allowed):
+            raise InputError(f"{name}={value!r} is unknown: use {' or '.join(map(repr, allowed))}")
+        return
+    lowest, highest, example = limits
+    # bool is a subclass of int: without this test, NUM_LAYERS=True would build one layer.
+    if isinstance(value, bool) or not isinstance(value, (int, kind)):
+        raise InputError(f"{name}={value!r} is not {KIND[kind]}: use one such as {example}")
+    if not lowest <= value <= highest:  # also true for nan, which is neither
+        shown = value if isinstance(value, float) or abs(value) < 10 ** 20 else "(a huge number)"
+        raise InputError(f"{name}={shown} is out of range: use {lowest} to {highest}, "
+                         f"such as {example}")
+
+
+def check_arguments(**arguments):
+    """Raise InputError unless the rules allow every argument. top_k and top_p may be None."""
+    for name, value in arguments.items():
+        if value is not None or name not in ("top_k", "top_p"):
+            check_value(name, value)
+    if arguments.get("temperature") == 0 and (arguments.get("top_k") or arguments.get("top_p")):
+        raise InputError("top_k and top_p have no effect at temperature=0 (greedy): "
+                         "use a temperature such as 1.0")
+
+
+def check_sizes(d_model, num_heads, names=("d_model", "num_heads")):
+    """Raise InputError unless d_model is even (sine and cosine) and num_heads divides it."""
+    if d_model % 2:
+        raise InputError(f"{names[0]}={d_model} must be even: use {d_model - 1} or {d_model + 1}")
+    if num_heads < 1 or d_model % num_heads:
+        divisors = [str(n) for n in range(1, d_model + 1) if d_model % n == 0]
+        raise InputError(f"{names[1]}={num_heads} does not divide {names[0]}={d_model}: "
+                         f"use {', '.join(divisors[:4])}" + (", ..." if len(divisors) > 4 else ""))
+
+
+def check_model(arguments):
+    """Raise InputError unless a model can be built from `arguments` (a dict)."""
+    check_arguments(**arguments)
+    check_sizes(arguments["d_model"], arguments["num_heads"])
+
+
+def check_constants(constants):
+    """Raise InputError for the first constant that cannot work, before any work is done.
+
+    constants: a script's `globals()`. Names without a rule are ignored.
+    """
+    get = constants.get
+    for name in RULES:
+        if name in constants:
+            check_value(name, constants[name])
+    check_sizes(get("D_MODEL", 2), get("NUM_HEADS", 1), ("D_MODEL", "NUM_HEADS"))
+    if get("MASK_SHARE", 0) + get("RANDOM_SHARE", 0) > 1:
+        raise InputError(f"MASK_SHARE={get('MASK_SHARE')} and RANDOM_SHARE={get('RANDOM_SHARE')} "
+                         "add up to more than 1: use 0.8 and 0.1")
+    if get("MIN_LEARNING_RATE", 0) > get("LEARNING_RATE", math.inf):
+        raise InputError(f"MIN_LEARNING_RATE={get('MIN_LEARNING_RATE')} is above "
+                         f"LEARNING_RATE={get('LEARNING_RATE')}: use less")
+    device = choose_device(get("DEVICE", "cpu"))
+    if get("PRECISION") == "float16" and device.type != "cuda":
+        raise InputError("PRECISION='float16' needs a CUDA device, and DEVICE is "
+                         f"{get('DEVICE')!r}: use 'bfloat16'")
+    if get("COMPILE"):
+        check_compiler(device)
+
+
+def choose_device(name):
+    """Return the torch.device `name`: "cpu", "cuda", "cuda:1", or "mps", if this machine has it."""
+    available = ["cpu"]
+    if torch.cuda.is_available():
+        available += ["cuda"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    if name not in available:
+        raise InputError(f"DEVICE={name!r} is not available here: "
+                         f"use {' or '.join(map(repr, available))}")
+    return torch.device(name)
+
+
+def check_compiler(device):
+    """Raise InputError unless torch.compile works here. It needs a C++ compiler, or Triton."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except Exception as error:  # the compiler can fail in many ways, and all of them mean the same
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        raise InputError(f"COMPILE=True does not work here ({reason}): use False") from error
+
+
+# -------------------------------------------------------------------------------------
+# Sequences
+# -------------------------------------------------------------------------------------
+def is_list(value):
+    """Is `value` a list or tuple with something in it?"""
+    return isinstance(value, (list, tuple)) and len(value) > 0
+
+
+def check_rows(rows, vocab_size, max_len, new_tokens=0):
+    """Raise InputError unless `rows` is a list of lists of token ids that fit a model of this size.
+
+    new_tokens: how many more tokens each row must have room for. Forward passes check nothing,
+    because looking at the values of a tensor makes a GPU wait in every step.
+    """
+    if not is_list(rows) or not all(is_list(row) for row in rows):
+        raise InputError("give at least one row, with at least one token id in each, as a list of "
+                         "lists such as [[10, 6, 13], [9]]")
+    for row in rows:
+        for token in row:
+            if type(token) is not int or not 0 <= token < vocab_size:
+                raise InputError(f"token id {token!r} is outside the vocabulary: use whole numbers "
+                                 f"from 0 to {vocab_size - 1}")
+        if not any(row):  # <PAD> is 0
+            raise InputError("a row contains nothing but <PAD>: give it at least one token")
+    longest = max(map(len, rows)) + new_tokens
+    if longest > max_len:
+        raise InputError(f"a row needs {longest} positions, but the model was built with "
+                         f"max_len={max_len}: shorten it, or build the model with a larger max_len")
+
+
+def check_sequences(sequences):
+    """Raise InputError unless `sequences` is a list of lists of strings."""
+    for row in sequences if is_list(sequences) else [sequences]:
+        if not is_list(row) or not all(isinstance(token, str) for token in row):
+            raise InputError(f"{row!r} cannot be translated: give a list of lists of strings such "
+                             'as [["4", "0", "7"], ["9"]]')
+
+
+def check_known(tokens, known, example):
+    """Raise InputError if one of `tokens`, typed after a script's name, is not in `known`."""
+    for token in tokens:
+        if token not in known:
+            raise InputError(f"{ascii(token)} is unknown: use {' '.join(known)}, with spaces "
+                             f"between them, such as: {example}")
+
+
+def check_finite(value, step, what="loss"):
+    """Raise InputError if `value` is inf or nan: one NaN reaches every weight in one step."""
+    if not math.isfinite(value):
+        raise InputError(f"the {what} became {value} at step {step}: try a tenth of LEARNING_RATE, "
+                         "or look for a division by zero or a log of zero in what you changed")
+
+
+# -------------------------------------------------------------------------------------
+# Files
+# -------------------------------------------------------------------------------------
+def write_atomically(path, content):
+    """Write bytes to `path` completely, or raise OSError and leave the old file intact."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The process id keeps two runs from writing to one temporary file.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)  # a rename happens completely or not at all
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def tensors_to_bytes(value):
+    """Return what torch.save would write. A plain write then reports a full disk as an OSError."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def tensors_from_bytes(content, device="cpu"):
+    """Return the tensors and plain values in `content`. Raises any exception if it is damaged.
+
+    torch.load ignores the checksums of the zip format, so a flipped bit loads as a wrong weight.
+    weights_only=True refuses code. A plain pickle can do anything when it is loaded.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if archive.testzip() is not None:
+            raise ValueError("checksum error")
+    return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+
+
+def save_checkpoint(path, model):
+    """Write class name, constructor arguments, and weights of `model` to `path`. Raises OSError."""
+    write_atomically(path, tensors_to_bytes({
+        "architecture": type(model).__name__, "arguments": model.arguments,
+        "weights": model.state_dict()}))
+
+
+def load_checkpoint(path, model_class, device="cpu"):
+    """Return the model that `save_checkpoint` wrote, in evaluation mode. Raises InputError."""
+    path, device, name = Path(path), choose_device(str(device)), model_class.__name__
+    shown = f"{path.parent.name}/{path.name}"
+    if not path.is_file():
+        raise InputError(f"no checkpoint at {shown}: run the script of that name first")
+    try:
+        checkpoint = dict(tensors_from_bytes(path.read_bytes(), device))
+        architecture = checkpoint["architecture"]
+        arguments, weights = checkpoint["arguments"], checkpoint["weights"]
+    except OSError as error:
+        raise InputError(f"{shown} cannot be read ({error.strerror}): check its permissions") \
+            from error
+    except Exception as error:  # a damaged file can fail in any way
+        raise InputError(f"{shown} is damaged or not a checkpoint ({type(error).__name__}): "
+                         "delete it and train again") from error
+    if architecture != name:
+        raise InputError(f"{shown} contains a model of class {architecture}, not {name}: "
+                         "load it with the script that wrote it")
+    try:
+        model = model_class(**arguments).to(device).eval()
+        model.load_state_dict(weights)
+    except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise InputError(f"{shown} does not fit this version of {name}: "
+                         "delete it and train again") from error
+    return model
+
+
+def save_model(model, path):
+    """Save `model` and say so. Returns False if that fails: a full disk must not end the script."""
+    try:
+        model.save(path)
+    except OSError as error:
+        print(f"warning: could not save {path.parent.name}/{path.name} ({error.strerror}): "
+              "the model is not on disk")
+        return False
+    print(f"saved {path.parent.name}/{path.name}")
+    return True
+
+
+def code_hash(script, constants):
+    """Return 8 hex digits that change whenever a top-level script changes.
+
+    Lines of the file `script` that set one of `constants` do not count, because a run compares
+    their values.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(ROOT.glob("*.py")):
+        content = path.read_bytes()
+        if path.name == Path(script).name:
+            names = b"|".join(name.encode() for name in constants)
+            content = re.sub(rb"(?m)^(?:%s) = .*$" % names, b"", content)
+        digest.update(path.name.encode() + content)
+    return digest.hexdigest()[:8]
+
+
+# -------------------------------------------------------------------------------------
+# Running
+# -------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def evaluation_mode(model):
+    """Switch dropout off inside the `with` block. Afterward the model has its old mode again."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def run_script(main, answer=None):
+    """Call `main()`, or `answer(words)` if words follow the script's name on the command line.
+
+    InputError ends in one line and exit code 2, Ctrl-C in one line and 130. Every other exception
+    keeps its traceback, because it comes from code that somebody changed.
+    """
+    words = sys.argv[1:]
+    try:
+        if not words:
+            main()
+        elif answer is not None:
+            answer(words)
+        else:
+            raise InputError(f"{Path(sys.argv[0]).name} takes no arguments: change the constants "
+                             "at its top instead")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C; files that were already saved are intact", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of the output, such as `| head`, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
