@@ -2,18 +2,19 @@
 compare_architectures.py - which architecture for which task, and why: measured
 
 Everything below is measured in this run, on models that learned the same task from the same
-sequences. Only section 8 is not: it draws conclusions and names the sections that they rest on.
+sequences. Only section 9 is not: it draws conclusions and names the sections that they rest on.
 
     1 Which token attends to which   change one token, see which outputs change
     2 What each is trained on        one row each: input, label, loss
     3 One task, one budget           steps and seconds to 90% and 99%
-    4 What each costs                parameters, passes, multiply-adds, milliseconds, cache
-    5 What each can and cannot do    tried, not claimed
-    6 How to generate                greedy to beam search, with an undertrained model
-    7 Ablations                      one component removed at a time; first the prediction
-    8 Choosing                       real tasks, and which section above decides
+    4 Few training sequences         where the architectures differ most
+    5 What each costs                parameters, passes, multiply-adds, milliseconds, cache
+    6 What each can and cannot do    tried, not claimed
+    7 How to generate                greedy to beam search, with an undertrained model
+    8 Ablations                      one component removed at a time, in shallow and deep models
+    9 Choosing                       real tasks, and which section above decides
 
-Run it:     python compare_architectures.py        (about 50 seconds on one CPU core)
+Run it:     python compare_architectures.py        (about 100 seconds on one CPU core)
 
 The models are those in checkpoints/, if there are any, with the sizes that they were trained with.
 If one is missing, the model that section 3 trains is used, and the script says so.
@@ -23,24 +24,23 @@ READING ORDER   any: each section is one function, and `main` calls them in orde
 import copy
 import functools
 import math
+import random
 import statistics
 import time
 
 import torch
-from torch import nn
+from torch.utils.data import DataLoader
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import encoder_decoder
 import encoder_only
 from decoder_only import show_strategies, time_generation
-from housekeeping import (CHECKPOINTS, InputError, check_constants, check_finite, choose_device,
-                          run_script)
+from housekeeping import CHECKPOINTS, InputError, check_constants, choose_device, run_script
 from quick_start import ARCHITECTURES, count_passes
-from toy_dataset import (IGNORE_INDEX, SOS, VOCABULARY, WORD_OF, collate_fn, create_dataloaders,
-                         exact_match, make_item, to_device)
-from train_all import parameters_by_component
+from toy_dataset import (DIGITS, EOS, IGNORE_INDEX, SEP, SOS, VOCABULARY, WORD_OF, collate_fn,
+                         create_dataloaders, exact_match, make_item, to_device)
+from train_all import parameters_by_component, train_for
 
 # =====================================================================================
 # CONSTANTS - change one, run again
@@ -58,8 +58,11 @@ WARMUP_STEPS = 40
 CLIP_NORM = 1.0
 NUM_STEPS = 500          # of section 3, for each architecture
 EVALUATE_EVERY = 25      # steps between two evaluations in section 3
-UNDERTRAINED_STEPS = 60  # section 6 uses the encoder-decoder after that many steps
-ABLATION_STEPS = 250     # of section 7, for each variant
+FEW_STEPS = 300          # of section 4, for each model
+FEW_SEQUENCES = (50, 200)  # of section 4: how many training sequences
+UNDERTRAINED_STEPS = 60  # section 7 uses the encoder-decoder after that many steps
+ABLATION_STEPS = 250     # of section 8, for each variant
+ABLATION_LAYERS = (2, 8)  # of section 8
 SEED = 0
 DEVICE = "cpu"           # or "cuda", "mps"
 NUM_THREADS = 1
@@ -82,33 +85,18 @@ def new_model(name, **changes):
     return ARCHITECTURES[name][1](**{**arguments, **changes}).to(choose_device(DEVICE))
 
 
-def train_for(name, model, num_steps, warmup_steps, watch=None):
-    """Train `model` for `num_steps` steps. watch(step, seconds) is called after each step.
+def train(name, model, num_steps, warmup_steps=WARMUP_STEPS, num_sequences=None, watch=None):
+    """Train `model` for `num_steps` steps, on a random choice of `num_sequences` if given.
 
-    The seconds do not count what `watch` does.
+    watch(step, loss, seconds) is called after each step.
     """
-    script = ARCHITECTURES[name][0]
-    optimizer, scheduler = script.create_optimizer(model, LEARNING_RATE, num_steps, warmup_steps)
-    batches, seconds = iter(()), 0.0
     train_loader, _ = loaders()
-    for step in tqdm(range(1, num_steps + 1), ascii=True, leave=False, disable=None, desc=name):
-        batch = next(batches, None)
-        if batch is None:  # the next epoch
-            batches = iter(train_loader)
-            batch = next(batches)
-        start = time.perf_counter()
-        model.train()
-        loss = script.compute_loss(model, to_device(batch, choose_device(DEVICE)))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        optimizer.step()
-        scheduler.step()
-        check_finite(loss.item(), step)  # also waits for a GPU, so that the seconds are right
-        seconds += time.perf_counter() - start
-        if watch is not None:
-            watch(step, seconds)
-    return model.eval()
+    if num_sequences is not None:
+        items = random.Random(SEED).sample(list(train_loader.dataset), num_sequences)
+        train_loader = DataLoader(items * BATCH_SIZE, BATCH_SIZE, shuffle=True,
+                                  collate_fn=collate_fn, generator=train_loader.generator)
+    return train_for(ARCHITECTURES[name][0], model, train_loader, num_steps, LEARNING_RATE,
+                     warmup_steps, CLIP_NORM, watch)
 
 
 def median_milliseconds(run, rounds=5):
@@ -219,14 +207,14 @@ def train_on_one_budget():
     for name, (script, _, _) in ARCHITECTURES.items():
         model, curve = new_model(name), []
 
-        def watch(step, seconds, name=name, model=model, script=script, curve=curve):
+        def watch(step, _, seconds, name=name, model=model, script=script, curve=curve):
             if step % EVALUATE_EVERY == 0 or step == NUM_STEPS:
                 result = script.evaluate(model, val_loader)
                 curve.append((step, seconds, result["exact_match"], result["loss"]))
             if step == min(UNDERTRAINED_STEPS, NUM_STEPS) and name == "encoder-decoder":
                 undertrained.append(copy.deepcopy(model).eval())
 
-        trained[name] = train_for(name, model, NUM_STEPS, WARMUP_STEPS, watch)
+        trained[name] = train(name, model, NUM_STEPS, watch=watch)
         curves[name] = curve
     return trained, curves, undertrained[0]
 
@@ -253,11 +241,55 @@ def show_learning_curves(curves):
                         for _, _, exact, _ in curve)
         print(f"  {name:17s}|{signs}|")
     print("  The encoder-only model is given the output length. It learns both directions in these "
-          "steps.")
+          "steps.\n  Scores dip while the learning rate is high. If it stays high, they dip until "
+          "the last step.")
 
 
 # -------------------------------------------------------------------------------------
-# 4. What each costs
+# 4. Few training sequences
+# -------------------------------------------------------------------------------------
+@torch.inference_mode()
+def exact_match_given_length(name, model, digits, words):
+    """Return the exact match if the number of words is given: <EOS> is never chosen.
+
+    The encoder-only model is always given the length. This puts the other two on the same footing.
+    """
+    def forbid_eos(_, __, logits):
+        logits[..., EOS] = -math.inf
+        return logits
+
+    handle = model.output.register_forward_hook(forbid_eos)
+    written = []
+    for row in digits:
+        tokens = VOCABULARY.encode(row) + ([SEP] if name == "decoder-only" else [])
+        written.append(VOCABULARY.decode(model.generate([tokens], len(row), stop_at=None)[0]))
+    handle.remove()
+    return exact_match(written, words)
+
+
+def show_few_sequences():
+    """Train each architecture on few sequences. Print exact match on the held-out ones."""
+    print(f"\n4. Few training sequences: {FEW_STEPS} steps of {BATCH_SIZE} rows, one seed, exact "
+          "match on held-out sequences")
+    print(f"  {'trained on':30s}" + "".join(f"{f'{n} sequences':>15s}" for n in FEW_SEQUENCES))
+    digits, words = held_out_sequences()
+    rows = {}
+    for name, (script, _, _) in ARCHITECTURES.items():
+        for count in FEW_SEQUENCES:
+            model = train(name, new_model(name), FEW_STEPS, num_sequences=count)
+            score = exact_match(script.translate(model, digits), words)
+            rows.setdefault(name, []).append(score)
+            if name != "encoder-only":
+                score = exact_match_given_length(name, model, digits, words)
+                rows.setdefault(f"{name}, length given", []).append(score)
+    for label, scores in rows.items():
+        print(f"  {label:30s}" + "".join(f"{score:15.1%}" for score in scores))
+    print("  The encoder-only model is always given the length: a part of its lead, as the other "
+          "two show\n  when they are given it too.")
+
+
+# -------------------------------------------------------------------------------------
+# 5. What each costs
 # -------------------------------------------------------------------------------------
 class Decompose(TorchDispatchMode):
     """Replaces composite operations by their parts, such as a linear layer by its matrix product.
@@ -293,7 +325,7 @@ def cache_bytes(name, model, source_length, num_tokens):
 
 def show_costs(models, digits):
     """Print parameters, passes, multiply-adds, times, and cache sizes."""
-    print("\n4. What each costs")
+    print("\n5. What each costs")
     for name, model in models.items():
         counts = parameters_by_component(model)
         print(f"  {name:16s}{sum(counts.values()):10,d} parameters: "
@@ -323,10 +355,26 @@ def show_costs(models, digits):
 
 
 # -------------------------------------------------------------------------------------
-# 5. What each can and cannot do
+# 6. What each can and cannot do
 # -------------------------------------------------------------------------------------
+@torch.no_grad()
+def digit_by_scoring(name, model, digits, position, words):
+    """Return the digit at `position` under which the model finds `words` most likely.
+
+    A decoder cannot fill a mask, but it can score all ten candidates, in ten passes (one batch).
+    """
+    candidates = [digits[:position] + [digit] + digits[position + 1:] for digit in DIGITS]
+    items = [{**make_item(row), "words": words, "target": VOCABULARY.encode(words)}
+             for row in candidates]
+    batch = to_device(collate_fn(items), choose_device(DEVICE))
+    logits, labels = ARCHITECTURES[name][0].predict(model, batch)  # (10, T, V), (10, T)
+    counts = labels != IGNORE_INDEX
+    log_p = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]  # (10, T)
+    return DIGITS[(log_p * counts).sum(-1).argmax().item()]
+
+
 def show_words_to_digits(models, digits, words):
-    """Print how well each model translates in reverse and fills a mask in the middle."""
+    """Print how well each model translates in reverse and finds a missing digit."""
     print(f"  words to digits, exact match on {len(digits)} held-out sequences")
     back = encoder_only.translate_back(models["encoder-only"], words)
     print(f"    encoder-only     {exact_match(back, digits):6.1%}   trained on both directions")
@@ -340,8 +388,10 @@ def show_words_to_digits(models, digits, words):
     print("  a mask in the middle: the second digit from everything around it")
     print("    encoder-only     "
           f"{exact_match([row[1] for row in filled], [d[1] for d, _ in middle]):6.1%}")
-    print("    decoder-only     not in one pass: at the mask, it has not read what follows")
-    print("    encoder-decoder  not in one pass: it was trained on one task")
+    for name in ("decoder-only", "encoder-decoder"):
+        found = [digit_by_scoring(name, models[name], d, 1, w) for d, w in middle]
+        print(f"    {name:16s} {exact_match(found, [d[1] for d, _ in middle]):6.1%}   by scoring "
+              "ten candidates: ten rows instead of one")
 
 
 def show_longer_inputs(models):
@@ -370,7 +420,7 @@ def show_longer_inputs(models):
 
 def show_limits(models):
     """Try each model on what it was not trained for, and print what comes out."""
-    print("\n5. What each can and cannot do, tried")
+    print("\n6. What each can and cannot do, tried")
     digits, words = held_out_sequences()
     show_words_to_digits(models, digits, words)
     show_longer_inputs(models)
@@ -386,7 +436,7 @@ def show_limits(models):
 
 
 # -------------------------------------------------------------------------------------
-# 6. How to generate
+# 7. How to generate
 # -------------------------------------------------------------------------------------
 STRATEGIES = {
     "greedy": {}, "temperature 0.5": {"temperature": 0.5}, "temperature 1": {"temperature": 1.0},
@@ -401,13 +451,13 @@ STRATEGIES = {
 def show_generation(undertrained):
     """Print exact match, diversity, and time of every strategy on an undertrained model."""
     digits, words = held_out_sequences()
-    print(f"\n6. How to generate: the encoder-decoder of section 3 after "
+    print(f"\n7. How to generate: the encoder-decoder of section 3 after "
           f"{min(UNDERTRAINED_STEPS, NUM_STEPS)} steps, on {len(digits)} held-out sequences")
     show_strategies(encoder_decoder.translate, undertrained, digits, words, STRATEGIES, SEED)
 
 
 # -------------------------------------------------------------------------------------
-# 7. Ablations
+# 8. Ablations
 # -------------------------------------------------------------------------------------
 def without_positions(model):
     """Ablation: zero the positional encodings."""
@@ -445,7 +495,7 @@ def post_norm(model):
 
 
 def without_cross_padding_mask(model):
-    """Ablation: the decoder may attend to the source's padding; the encoder still may not."""
+    """Let the decoder attend to the source's padding; the encoder still may not."""
     decode = model.decode
 
     def unmasked(tokens, memory, memory_mask, *rest, **options):
@@ -463,37 +513,70 @@ ABLATIONS = [  # (name, architecture, arguments, change, warmup steps, predictio
     ("without residuals", "decoder-only", {}, without_residuals, WARMUP_STEPS,
      "two layers may still learn; deep stacks do not"),
     ("post-norm", "decoder-only", {}, post_norm, WARMUP_STEPS,
-     "as good at two layers; a difference shows in deep stacks"),
+     "as good with two layers; worse in deep stacks"),
     ("one head", "decoder-only", {"num_heads": 1}, None, WARMUP_STEPS,
-     "one place to attend to per layer: slower"),
+     "one place to attend to per layer: worse"),
     ("without warmup", "decoder-only", {}, None, 0, "pre-norm is forgiving: little harm"),
-    ("baseline", "encoder-decoder", {}, None, WARMUP_STEPS, "learns the task"),
-    ("no padding mask in cross-attention", "encoder-decoder", {}, without_cross_padding_mask,
-     WARMUP_STEPS, "could learn to ignore padding; a row alone and in a batch differ"),
 ]
 
 
 def show_ablations():
-    """Train each variant for ABLATION_STEPS steps. Print exact match, loss, and the prediction."""
-    print(f"\n7. Ablations: one component removed at a time, {ABLATION_STEPS} steps each, one seed")
-    print(f"  {'variant':36s}{'exact match':>12s}{'loss':>9s}   predicted")
-    _, val_loader = loaders()
+    """Train each variant for ABLATION_STEPS steps, shallow and deep. Print the exact match."""
+    print(f"\n8. Ablations: one component removed at a time, {ABLATION_STEPS} steps each, one "
+          "seed, exact match")
+    print(f"  {'variant':36s}" + "".join(f"{f'{n} layers':>12s}" for n in ABLATION_LAYERS)
+          + "   predicted")
+    digits, words = held_out_sequences()
     for title, name, arguments, change, warmup_steps, prediction in ABLATIONS:
-        model = new_model(name, **arguments)
-        if change is not None:
-            change(model)
-        train_for(name, model, ABLATION_STEPS, warmup_steps)
-        result = ARCHITECTURES[name][0].evaluate(model, val_loader)
-        print(f"  {title:36s}{result['exact_match']:12.1%}{result['loss']:9.4f}   {prediction}")
-    print("  A component that makes no difference at this size may still matter in a larger model.")
+        scores = []
+        for num_layers in ABLATION_LAYERS:
+            model = new_model(name, num_layers=num_layers, **arguments)
+            if change is not None:
+                change(model)
+            train(name, model, ABLATION_STEPS, warmup_steps)
+            scores.append(exact_match(ARCHITECTURES[name][0].translate(model, digits), words))
+        cells = "".join(f"{score:12.1%}" for score in scores)
+        print(f"  {title:36s}{cells}   {prediction}")
+    print("  Three predictions fail. Eight layers learn nothing without warmup, although they are "
+          "pre-norm.\n  Post-norm and one head make no difference in either depth. (SEED 0-4 show "
+          "the same:\n  python tests/measure_tries.py ablations.)")
+
+
+def show_padding_ablation():
+    """Print what happens if cross-attention masks the source's padding only sometimes."""
+    print(f"\n  The padding mask of cross-attention: encoder-decoder, {ABLATION_STEPS} steps, "
+          "exact match")
+    print(f"  {'':36s}{'one batch of all lengths':>26s}{'each length on its own':>24s}")
+    digits, words = held_out_sequences()
+    lengths = sorted({len(row) for row in digits})
+
+    def show(title, model):
+        together = exact_match(encoder_decoder.translate(model, digits), words)
+        written, expected = [], []
+        for n in lengths:
+            rows = [(d, w) for d, w in zip(digits, words) if len(d) == n]
+            written += encoder_decoder.translate(model, [d for d, _ in rows])
+            expected += [w for _, w in rows]
+        print(f"  {title:36s}{together:26.1%}{exact_match(written, expected):24.1%}")
+
+    model = train("encoder-decoder", new_model("encoder-decoder"), ABLATION_STEPS)
+    show("masked", model)
+    without_cross_padding_mask(model)
+    show("missing in generation", model)
+    model = new_model("encoder-decoder")
+    without_cross_padding_mask(model)
+    train("encoder-decoder", model, ABLATION_STEPS)
+    show("missing in training and generation", model)
+    print("  Without the mask, the answer for a row depends on the padding next to it. A model that"
+          " was\n  trained with padding in view needs it: alone, without padding, rows go wrong.")
 
 
 # -------------------------------------------------------------------------------------
-# 8. Choosing
+# 9. Choosing
 # -------------------------------------------------------------------------------------
 def show_choices():
     """Print the decision guide. It is not measured, but names the sections that it rests on."""
-    print("\n8. Choosing. Not measured: known models, and the sections that speak for the choice")
+    print("\n9. Choosing. Not measured: known models, and the sections that speak for the choice")
     guide = [
         ("classification, sentiment", "encoder-only", "BERT, RoBERTa, DeBERTa",
          "one pass (4), both directions (1)"),
@@ -542,10 +625,12 @@ def main():
     show_influence(models)
     show_training_rows(models, digits[:3])
     show_learning_curves(curves)
+    show_few_sequences()
     show_costs(models, digits)
     show_limits(models)
     show_generation(undertrained)
     show_ablations()
+    show_padding_ablation()
     show_choices()
 
 

@@ -16,7 +16,7 @@ reuse what it has learned: put a small layer on top and train again (Devlin et a
 
 What it learns here: masked language modeling on `digits <SEP> words`. Masking all the words makes
 the model translate digits to words in one pass. Masking all the digits makes the same weights
-translate words to digits. Then fine-tuning: name the largest digit of a row.
+translate words to digits. Then fine-tuning on another task: do these words match these digits?
 
 What it cannot do: choose the length of its output. It fills the masks that it is given, one per
 digit. Keep this in mind whenever you compare its score with the other two.
@@ -30,7 +30,8 @@ The last lines should be close to:
     Result on 601 held-out sequences
       digits to words, all masks in one pass (length given)   exact match 100.0%
       words to digits, the same weights                       exact match 100.0%
-      which is the largest digit?                             correct     100.0%
+      do the words match? pretrained                          correct      91.2%
+      the same from scratch, with the steps of pretraining    correct      51.9%
 
 READING ORDER   positions -> attention -> feed-forward -> layer -> model -> masking (new here)
                 -> translating -> training -> classifier -> main
@@ -58,30 +59,30 @@ from toy_dataset import (DIGITS, FIRST_ORDINARY, IGNORE_INDEX, MASK, PAD, SEP, V
 # =====================================================================================
 
 # =====================================================================================
-# CONSTANTS - change one, run again. After each "Try": the final exact match with SEED 0 and 1.
+# CONSTANTS - change one, run again. After each "Try": the final exact match with SEED 0 to 4.
 # =====================================================================================
 # The model
-D_MODEL = 64             # size of a token's vector. Try 16: 99.8 to 100%, in twice the epochs.
-NUM_HEADS = 4            # must divide D_MODEL. Try 1: 100%, a little later.
-NUM_LAYERS = 2           # Try 1: 13 to 17%; it learns much more slowly.
-D_FF = 256               # hidden size of the feed-forward network. Try 64: 100%.
-DROPOUT = 0.0            # fraction of activations set to 0. Try 0.1: 100%, later; 0.3: 46 to 82%.
+D_MODEL = 64             # size of a token's vector
+NUM_HEADS = 4            # must divide D_MODEL
+NUM_LAYERS = 2           # in a stack of equal layers. Try 1: 9.3-48.4%.
+D_FF = 256               # hidden size of the feed-forward network
+DROPOUT = 0.0            # fraction of activations set to 0 in training. Try 0.3: 24-91.3%.
 # The task
-NUM_SAMPLES = 6000       # distinct sequences, training and validation together
-MAX_DIGITS = 5           # longest sequence. Try 8: 100%.
+NUM_SAMPLES = 6000       # distinct sequences, training and validation
+MAX_DIGITS = 5           # longest sequence
 MASK_SHARE = 0.8         # of the selected tokens, this fraction becomes <MASK>
 RANDOM_SHARE = 0.1       # and this fraction a random token; the rest stays as it is
 MIN_MASKING_RATE = 0.15  # each row's masking rate is drawn between this and 1 (BERT: 0.15, fixed)
 # The training
-BATCH_SIZE = 64          # rows per step. Try 256: a quarter of the steps, 99.3 to 100%.
-LEARNING_RATE = 3e-3     # at its peak. Try 1e-4: 2.5%. Try 3e-2: 0.7%.
-WARMUP_STEPS = 40        # steps in which the learning rate rises to its peak. Try 0: 100%.
-CLIP_NORM = 1.0          # maximum length of the gradient. Try 100.0 (no clipping): 100%.
-NUM_EPOCHS = 8           # passes over the training data, 85 steps each. Try 2: 95 to 96%.
-FINETUNE_EPOCHS = 4      # the same for the classifier. Try 1: 99.2 to 99.3% correct.
+BATCH_SIZE = 64          # rows per step
+LEARNING_RATE = 3e-3     # at its peak. Try 1e-4: 0.7-22.8%.
+WARMUP_STEPS = 40        # steps in which the learning rate rises to its peak
+CLIP_NORM = 1.0          # maximum length of the gradient
+NUM_EPOCHS = 8           # passes over the training data, 85 steps each. Try 2: 90.3-100%.
+FINETUNE_EPOCHS = 4      # the same for the classifier
 FINETUNE_LEARNING_RATE = 1e-3
 # The run
-SEED = 0                 # weights, data, and masks. Try 1.
+SEED = 0                 # weights, data, and masks
 DEVICE = "cpu"           # or "cuda", "mps"; the numbers in this file were measured on a CPU
 NUM_THREADS = 1          # CPU threads
 # =====================================================================================
@@ -324,9 +325,9 @@ def mask_tokens(tokens, mask_share=0.8, random_share=0.1, min_rate=0.15, generat
         4 0 7 <SEP> <MASK> three seven     corrupted: masked, random, unchanged
         . . .   .   four  zero  seven      labels
 
-    Why not always <MASK>? The text used for fine-tuning contains none. A model that only predicts
-    at <MASK> has no reason to build useful vectors at other tokens. So it must also predict tokens
-    that were replaced at random or left unchanged.
+    Why not always <MASK>? Because the text used for fine-tuning contains none, say Devlin et al. A
+    random or unchanged token makes the model predict at ordinary tokens too. On this task it does
+    not help: with <MASK> only, fine-tuning ends at 98-99% instead of 93-96% (SEED 0 and 1).
 
     Differs from BERT in what is selected. Digits and words say the same thing, so a coin picks one
     side per row: if a digit *and* its word were masked, neither could be recovered. And each row
@@ -501,50 +502,84 @@ def evaluate(model, loader):
 # -------------------------------------------------------------------------------------
 # 6. What BERT is used for: a small layer on top of a pretrained model
 # -------------------------------------------------------------------------------------
-class LargestDigitClassifier(nn.Module):
-    """`4 0 7` -> 7: a pretrained encoder, the mean of its vectors, and one linear layer.
+def corrupt_one_word(tokens, generator=None):
+    """Replace one word by another word in about half of the rows. (B, S) -> (B, S), labels (B,)
 
-        4   0   7  <PAD>          tokens
-        v4  v0  v7   -            their vectors after the encoder
-        (v4 + v0 + v7) / 3        the mean over the real tokens
-        logits for 0 ... 9        the new layer, 650 weights at D = 64
+    The label is 1 if the words still match the digits, and 0 if one was replaced.
+    """
+    def rand(*shape):
+        return torch.rand(*shape, generator=generator, device=tokens.device)
+
+    zero = VOCABULARY.ids["zero"]
+    draw = rand(*tokens.shape).masked_fill(~word_positions(tokens), -1.0)  # (B, S)
+    position = draw.argmax(1, keepdim=True)  # (B, 1): a random word of each row
+    word = tokens.gather(1, position)  # (B, 1)
+    other = zero + (word - zero + 1 + (9 * rand(*word.shape)).long()) % 10  # one of the other nine
+    matches = rand(*word.shape) < 0.5
+    return tokens.scatter(1, position, torch.where(matches, word, other)), matches[:, 0].long()
+
+
+class MatchClassifier(nn.Module):
+    """`4 0 7 <SEP> four zero seven` -> do the words match? An encoder and a linear layer.
+
+        4   0  <SEP> four zero <PAD>       tokens
+        v1  v2  v3   v4   v5    -          their vectors after the encoder
+        (v1 + v2 + v3 + v4 + v5) / 5       the mean over the real tokens
+        logits for 0 and 1                 the new layer, 130 weights at D = 64
 
     Devlin et al. 2019 use the vector of an extra [CLS] token instead of the mean.
     """
 
-    def __init__(self, encoder, num_classes=10):
+    def __init__(self, encoder):
         super().__init__()
         self.encoder = copy.deepcopy(encoder)  # fine-tuning changes the encoder; keep the original
-        self.head = nn.Linear(encoder.arguments["d_model"], num_classes)
+        self.head = nn.Linear(encoder.arguments["d_model"], 2)
 
-    def forward(self, tokens, mask=None):
-        """tokens (B, S) -> logits (B, 10)"""
-        if mask is None:
-            mask = padding_mask(tokens)  # (B, 1, 1, S)
+    def forward(self, tokens):
+        """tokens (B, S) -> logits (B, 2)"""
+        mask = padding_mask(tokens)  # (B, 1, 1, S)
         hidden, _ = self.encoder.encode(tokens, mask)  # (B, S, D)
         real = mask[:, 0, 0, :, None]  # (B, S, 1)
         # subtle: hidden.mean(1) would average over the padding too. The answer for a row would
         # then depend on the length of the other rows in its batch.
         pooled = (hidden * real).sum(1) / real.sum(1)  # (B, D)
-        return self.head(pooled)  # (B, 10)
+        return self.head(pooled)  # (B, 2)
 
 
 def classifier_loss(classifier, batch):
-    """Return the mean cross-entropy of the largest digit."""
-    return F.cross_entropy(classifier(batch["source"], batch["source_mask"]), batch["largest"])
+    """Return the mean cross-entropy of the labels. Each step corrupts other rows and words."""
+    tokens, labels = corrupt_one_word(batch["pair"])
+    return F.cross_entropy(classifier(tokens), labels)
 
 
 @torch.no_grad()
-def evaluate_classifier(classifier, loader):
-    """Return the fraction of `loader`'s sequences whose largest digit is predicted."""
+def evaluate_classifier(classifier, loader, seed=0):
+    """Return the fraction of correct answers, with half of `loader`'s rows corrupted.
+
+    The same `seed` corrupts the same rows.
+    """
     classifier.eval()
     device = next(classifier.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
     num_correct = 0
     for batch in loader:
-        rows = to_device(batch, device)
-        predictions = classifier(rows["source"], rows["source_mask"]).argmax(-1)  # (B,)
-        num_correct += (predictions == rows["largest"]).sum().item()
+        tokens, labels = corrupt_one_word(batch["pair"], generator)
+        predictions = classifier(tokens.to(device)).argmax(-1).cpu()  # (B,)
+        num_correct += (predictions == labels).sum().item()
     return num_correct / len(loader.dataset)
+
+
+def fine_tune(encoder, train_loader, val_loader, num_epochs, learning_rate, warmup_steps,
+              clip_norm):
+    """Train a classifier on top of a copy of `encoder`. Returns its score after each epoch."""
+    classifier = MatchClassifier(encoder).to(encoder.embedding.weight.device)
+    optimizer, scheduler = create_optimizer(classifier, learning_rate,
+                                            num_epochs * len(train_loader), warmup_steps)
+    scores = []
+    for _ in range(num_epochs):
+        train_epoch(classifier, train_loader, optimizer, scheduler, clip_norm, classifier_loss)
+        scores.append(evaluate_classifier(classifier, val_loader))
+    return scores
 
 
 # -------------------------------------------------------------------------------------
@@ -632,19 +667,16 @@ def main():
               f"validation loss {result['loss']:.4f}   exact match {result['exact_match']:6.1%}")
     save_model(model, CHECKPOINTS / "encoder_only.pt")
 
-    print("\n2. Fine-tuning: which is the largest digit? Pretrained, and from scratch")
+    print("\n2. Fine-tuning: do the words match the digits? (A guess is correct in 50%.) Training "
+          "from\n   scratch also gets the steps that pretraining had")
     untrained = EncoderOnlyTransformer(**model.arguments).to(device)
-    classifiers = [LargestDigitClassifier(encoder).to(device) for encoder in (model, untrained)]
-    optimizers = [create_optimizer(classifier, FINETUNE_LEARNING_RATE,
-                                   FINETUNE_EPOCHS * len(train_loader), WARMUP_STEPS)
-                  for classifier in classifiers]
-    for epoch in range(1, FINETUNE_EPOCHS + 1):
-        scores = []
-        for classifier, (optimizer, scheduler) in zip(classifiers, optimizers):
-            train_epoch(classifier, train_loader, optimizer, scheduler, CLIP_NORM, classifier_loss)
-            scores.append(evaluate_classifier(classifier, val_loader))
-        print(f"  epoch {epoch:2d}   correct: pretrained {scores[0]:6.1%}, "
-              f"from scratch {scores[1]:6.1%}")
+    settings = (FINETUNE_LEARNING_RATE, WARMUP_STEPS, CLIP_NORM)
+    pretrained = fine_tune(model, train_loader, val_loader, FINETUNE_EPOCHS, *settings)
+    from_scratch = fine_tune(untrained, train_loader, val_loader, NUM_EPOCHS + FINETUNE_EPOCHS,
+                             *settings)
+    for epoch, score in enumerate(from_scratch, 1):
+        before = f"{pretrained[epoch - 1]:6.1%}" if epoch <= FINETUNE_EPOCHS else "      "
+        print(f"  epoch {epoch:2d}   correct: pretrained {before}   from scratch {score:6.1%}")
 
     digits = [digits for digits, _, _ in result["examples"]]
     words = [words for _, words, _ in result["examples"]]
@@ -672,8 +704,10 @@ def main():
           f"{result['exact_match']:6.1%}")
     print("  words to digits, the same weights                       exact match "
           f"{exact_match(back, digits):6.1%}")
-    print("  which is the largest digit?                             correct     "
-          f"{scores[0]:6.1%}")
+    print("  do the words match? pretrained                          correct     "
+          f"{pretrained[-1]:6.1%}")
+    print("  the same from scratch, with the steps of pretraining    correct     "
+          f"{from_scratch[-1]:6.1%}")
 
 
 def answer(tokens):

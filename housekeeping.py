@@ -47,6 +47,7 @@ RULES = {
     "NUM_EPOCHS": (int, 1, 10 ** 6, 4), "FINETUNE_EPOCHS": (int, 1, 10 ** 6, 4),
     "TRAIN_EPOCHS": (int, 1, 10 ** 6, 3), "NUM_STEPS": (int, 1, 10 ** 6, 500),
     "ABLATION_STEPS": (int, 1, 10 ** 6, 250), "UNDERTRAINED_STEPS": (int, 1, 10 ** 6, 60),
+    "FEW_STEPS": (int, 1, 10 ** 6, 300), "FEW_SEQUENCES": (tuple,), "ABLATION_LAYERS": (tuple,),
     "LEARNING_RATE": (float, 1e-9, 1e30, 0.003), "MIN_LEARNING_RATE": (float, 0, 1e30, 5e-5),
     "FINETUNE_LEARNING_RATE": (float, 1e-9, 1e30, 0.001), "WARMUP_STEPS": (int, 0, 10 ** 6, 40),
     "CLIP_NORM": (float, 1e-9, 1e30, 1.0), "WEIGHT_DECAY": (float, 0, 1, 0.01),
@@ -68,6 +69,12 @@ KIND = {int: "a whole number", float: "a number"}
 def check_value(name, value):
     """Raise InputError unless the rule for `name` allows `value`."""
     kind, *limits = RULES.get(name) or RULES[name.upper()]
+    if kind is tuple:
+        if not isinstance(value, tuple) or not value or not all(
+                type(one) is int and 1 <= one <= 5000 for one in value):
+            raise InputError(f"{name}={value!r} is not a tuple of whole numbers: use one such as "
+                             "(2, 8)")
+        return
     if kind is bool or isinstance(kind, tuple):
         allowed = (True, False) if kind is bool else kind
         if not any(type(value) is type(one) and value == one for one in allowed):

@@ -82,7 +82,7 @@ FIRST_ORDINARY = len(SPECIAL_TOKENS)  # digits and words have ids from here on
 
 # F.cross_entropy skips every label with this value, the default of its ignore_index. <PAD> (0)
 # would be a bad choice: forget `ignore_index=PAD` once, and the model is trained to predict
-# padding. Its accuracy then looks excellent, because padding is easy.
+# padding, without any error.
 IGNORE_INDEX = -100
 
 
@@ -261,7 +261,6 @@ def collate_fn(items):
 
     Returns a dict:  int64 tensors    source, decoder_input, labels, pair, pair_labels
                      boolean masks    source_mask, decoder_mask, pair_mask; see `padding_mask`
-                     int64 (B,)       largest: the largest digit of each row
                      lists of lists   digits, words
     """
     sources = [item["source"] for item in items]
@@ -277,7 +276,6 @@ def collate_fn(items):
         "decoder_input": decoder_input, "decoder_mask": padding_mask(decoder_input),
         "labels": labels,
         "pair": pair, "pair_mask": padding_mask(pair), "pair_labels": pair_labels,
-        "largest": torch.tensor([max(map(int, item["digits"])) for item in items]),
         "digits": [item["digits"] for item in items], "words": [item["words"] for item in items],
     }
 

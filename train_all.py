@@ -37,6 +37,7 @@ import contextlib
 import functools
 import os
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -382,6 +383,34 @@ def train_architecture(name, device, settings, done, progress):
         write_history([*done.values(), record])
     save_unfinished(settings, {**done, name: record})
     return record
+
+
+def train_for(script, model, train_loader, num_steps, learning_rate, warmup_steps, clip_norm,
+              watch=None):
+    """Train for `num_steps` plain steps, for the scripts that compare and draw.
+
+    watch(step, loss, seconds) is called after each step. The seconds do not count what it does.
+    """
+    optimizer, scheduler = script.create_optimizer(model, learning_rate, num_steps, warmup_steps)
+    device, batches, seconds = next(model.parameters()).device, iter(()), 0.0
+    for step in tqdm(range(1, num_steps + 1), ascii=True, leave=False, disable=None):
+        batch = next(batches, None)
+        if batch is None:  # the next epoch
+            batches = iter(train_loader)
+            batch = next(batches)
+        start = time.perf_counter()
+        model.train()
+        loss = script.compute_loss(model, to_device(batch, device))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        optimizer.step()
+        scheduler.step()
+        check_finite(loss.item(), step)  # also waits for a GPU, so that the seconds are right
+        seconds += time.perf_counter() - start
+        if watch is not None:
+            watch(step, loss.item(), seconds)
+    return model.eval()
 
 
 STRATEGIES = {"greedy": {}, "temperature 0.7": {"temperature": 0.7},

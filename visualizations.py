@@ -22,7 +22,6 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
-from tqdm import tqdm
 
 import decoder_only
 import encoder_decoder
@@ -31,8 +30,8 @@ import train_all
 from bookkeeping import RUNS
 from housekeeping import CHECKPOINTS, InputError, check_constants, choose_device, run_script
 from quick_start import ARCHITECTURES
-from toy_dataset import (DIGITS, EOS, MASK, SOS, VOCABULARY, WORDS, collate_fn, create_dataloaders,
-                         make_item)
+from toy_dataset import (DIGITS, EOS, MASK, VOCABULARY, WORDS, collate_fn, create_dataloaders,
+                         exact_match, make_item)
 from train_all import parameters_by_component
 
 # =====================================================================================
@@ -44,6 +43,8 @@ NUM_HEADS = 4
 NUM_LAYERS = 2
 D_FF = 256
 TRAIN_EPOCHS = 3         # of the small models
+EVALUATE_EVERY = 20      # steps between two points of a learning curve
+UNDERTRAINED_STEPS = 60  # the figures on generation show the model after that many steps
 BATCH_SIZE = 32
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 40
@@ -86,23 +87,30 @@ def save(figure, name, title):
 def train_small(name):
     """Train a small model of architecture `name`.
 
-    Returns the model, its learning curve [(step, exact match), ...], and the model after one epoch.
+    Returns the model, its curves {"loss": [(step, loss), ...], "exact match": [(step, score),
+    ...]}, and the model after UNDERTRAINED_STEPS.
     """
     script, model_class, _ = ARCHITECTURES[name]
     torch.manual_seed(SEED)
     train_loader, val_loader = create_dataloaders(batch_size=BATCH_SIZE, seed=SEED)
+    held_out = list(val_loader.dataset)[::3]
+    digits, words = [item["digits"] for item in held_out], [item["words"] for item in held_out]
     model = model_class(d_model=D_MODEL, num_heads=NUM_HEADS, num_layers=NUM_LAYERS, d_ff=D_FF)
     model = model.to(choose_device(DEVICE))
-    optimizer, scheduler = script.create_optimizer(
-        model, LEARNING_RATE, TRAIN_EPOCHS * len(train_loader), WARMUP_STEPS)
-    curve = [(0, script.evaluate(model, val_loader)["exact_match"])]
-    for epoch in tqdm(range(TRAIN_EPOCHS), ascii=True, leave=False, disable=None, desc=name):
-        script.train_epoch(model, train_loader, optimizer, scheduler, CLIP_NORM)
-        curve.append(((epoch + 1) * len(train_loader),
-                      script.evaluate(model, val_loader)["exact_match"]))
-        if epoch == 0:
-            undertrained = copy.deepcopy(model).eval()
-    return model.eval(), curve, undertrained
+    curves, undertrained = {"loss": [], "exact match": []}, []
+
+    def watch(step, loss, _):
+        curves["loss"].append((step, loss))
+        if step % EVALUATE_EVERY == 0 or step == num_steps:
+            score = exact_match(script.translate(model.eval(), digits), words)
+            curves["exact match"].append((step, score))
+        if step == min(UNDERTRAINED_STEPS, num_steps):
+            undertrained.append(copy.deepcopy(model).eval())
+
+    num_steps = TRAIN_EPOCHS * len(train_loader)
+    train_all.train_for(script, model, train_loader, num_steps, LEARNING_RATE, WARMUP_STEPS,
+                        CLIP_NORM, watch)
+    return model, curves, undertrained[0]
 
 
 def load_models():
@@ -488,29 +496,41 @@ def learning_rate():
     save(figure, "learning_rate", "train_all.py: linear warmup, then cosine decay")
 
 
+def curves_of_last_run():
+    """Return the curves that train_all.py has written to runs/, or None if they cannot be read."""
+    curves = {name: {"loss": [], "exact match": []} for name in ARCHITECTURES}
+    try:
+        for file, column in (("steps.csv", "loss"), ("history.csv", "exact match")):
+            with open(RUNS / file, newline="", encoding="utf-8") as lines:
+                for row in csv.DictReader(lines):
+                    point = int(row["step"]), float(row[column.replace(" ", "_")])
+                    curves[row["architecture"]][column].append(point)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    complete = all(points for both in curves.values() for points in both.values())
+    return curves if complete else None
+
+
 def learning_curves(curves):
-    """From runs/history.csv if it exists, otherwise those of the small models trained here."""
-    path, source = RUNS / "history.csv", "three small models, trained for this figure"
-    if path.exists():
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        read = {name: [(int(row["step"]), float(row["exact_match"])) for row in rows
-                       if row["architecture"] == name] for name in ARCHITECTURES}
-        if all(read.values()):
-            curves, source = read, "the last run of train_all.py"
-    for name in ARCHITECTURES:
-        if name not in curves:
-            _, curves[name], _ = train_small(name)
-    figure, axis = plt.subplots(figsize=(8, 3.6))
-    for name, curve in curves.items():
-        steps, exact = zip(*curve)
-        axis.plot(steps, [100 * e for e in exact], color=OF[name][0], linestyle=OF[name][1],
-                  marker="o", markersize=4, label=f"{name}, ends at {exact[-1]:.1%}")
-    axis.set(xlabel="step", ylabel="exact match in %", ylim=(-3, 103))
-    axis.legend(frameon=False, loc="lower right")
-    axis.set_title(source, fontsize=9)
+    """From runs/ if train_all.py has written there, otherwise those of the small models."""
+    read = curves_of_last_run()
+    source = "three small models, trained for this figure" if read is None else \
+        "the last run of train_all.py"
+    if read is None:
+        read = {name: curves.get(name) or train_small(name)[1] for name in ARCHITECTURES}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6))
+    for name, both in read.items():
+        color, dashes = OF[name]
+        left.plot(*zip(*both["loss"]), color=color, linestyle=dashes, linewidth=1, label=name)
+        steps, exact = zip(*both["exact match"])
+        right.plot(steps, [100 * e for e in exact], color=color, linestyle=dashes, marker="o",
+                   markersize=3, label=f"{name}, ends at {exact[-1]:.1%}")
+    left.set(xlabel="step", ylabel="training loss, nats per token", yscale="log")
+    right.set(xlabel="step", ylabel="exact match in %", ylim=(-3, 103))
+    right.legend(frameon=False, loc="lower right")
+    figure.supxlabel(source, fontsize=8)
     save(figure, "learning_curves",
-         "One task, three architectures: exact match on held-out sequences")
+         "One task, three architectures: the loss falls, exact match on held-out sequences rises")
 
 
 # -------------------------------------------------------------------------------------
@@ -547,8 +567,6 @@ def attention_weights(models, digits):
     _, weights = models["decoder-only"].decode(torch.tensor([stream]))
     names = VOCABULARY.decode(stream)
     result["decoder-only"] = (torch.stack(weights)[:, 0], names, names)
-    written, weights = encoder_decoder.cross_attention(models["encoder-decoder"], digits)
-    result["encoder-decoder"] = (weights, VOCABULARY.decode([SOS] + written[:-1]), digits)
     return result
 
 
@@ -556,17 +574,14 @@ def attention_figures(models, origins):
     digits = SENTENCE.split()
     weights = attention_weights(models, digits)
     n = len(digits)
-    # The mean weight of a word on its own digit, in the head where it is highest.
-    masked, word = (block.diagonal(dim1=-2, dim2=-1).mean(-1).max().item()
-                    for block in (weights["encoder-only"][0][:, :, n + 1:, :n],
-                                  weights["encoder-decoder"][0][:, :, :n]))
+    # The mean weight of a masked word on its own digit, in the head where it is highest.
+    own = weights["encoder-only"][0][:, :, n + 1:, :n].diagonal(dim1=-2, dim2=-1)
+    masked = own.mean(-1).max().item()
     messages = {
         "encoder-only": ("attention_encoder_only", "Encoder-only: in one head, a masked word gives "
                                                    f"{masked:.0%} of its weight to its digit"),
         "decoder-only": ("attention_decoder_only",
-                         "Decoder-only: no position attends to a later one"),
-        "encoder-decoder": ("cross_attention", "Cross-attention: in one head, a word gives "
-                                               f"{word:.0%} of its weight to its digit")}
+                         "Decoder-only: no position attends to a later one")}
     for name, (file, title) in messages.items():
         draw_attention(file, title, origins[name], *weights[name])
 
@@ -585,12 +600,11 @@ def cross_attention_alignment(models, origins):
                       color="white" if value < 0.6 else "black")
     axis.set_xticks(range(len(digits)), digits)
     axis.set_yticks(range(len(written)), VOCABULARY.decode(written))
-    axis.set(xlabel=f"key: source digit\n{origins['encoder-decoder']}",
-             ylabel="query, named by its prediction")
-    axis.xaxis.label.set_fontsize(8)
+    axis.set(xlabel="key: source digit", ylabel="query, named by its prediction")
+    figure.supxlabel(origins["encoder-decoder"], fontsize=7)
     figure.colorbar(image, label="weight")
     save(figure, "cross_attention_alignment",
-         f"Words line up with their digits (layer {layer}, head {head})")
+         f"Cross-attention: each word attends to its digit (layer {layer}, head {head})")
 
 
 # -------------------------------------------------------------------------------------

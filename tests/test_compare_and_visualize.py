@@ -12,7 +12,7 @@ import compare_architectures as compare
 import decoder_only
 import visualizations as visual
 from conftest import MODELS, ROOT, SCRIPTS, Workplace, finished, random_model, refused, run_of
-from toy_dataset import DIGITS, SOS, VOCABULARY, WORDS
+from toy_dataset import DIGITS, SOS, VOCABULARY, WORDS, collate_fn, make_item
 from quick_start import ARCHITECTURES, count_passes
 from train_all import parameters_by_component
 
@@ -139,7 +139,7 @@ def test_the_whole_comparison_from_a_clean_checkout(script):
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert done.stdout.count("no checkpoint at") == 3
     headings = re.findall(r"^(\d)[. ]", done.stdout, flags=re.MULTILINE)
-    assert headings == [str(n) for n in range(1, 9)]
+    assert headings == [str(n) for n in range(1, 10)]
     assert done.stdout.count("agree") == 4 and "DIFFER" not in done.stdout
 
 
@@ -147,7 +147,12 @@ def test_the_comparison_with_a_broken_and_a_foreign_checkpoint_and_a_budget_belo
     workplace,
 ):
     workplace.set(
-        "compare_architectures", NUM_STEPS=50, EVALUATE_EVERY=20, ABLATION_STEPS=5, NUM_SAMPLES=600
+        "compare_architectures",
+        NUM_STEPS=50,
+        EVALUATE_EVERY=20,
+        ABLATION_STEPS=5,
+        FEW_STEPS=5,
+        NUM_SAMPLES=600,
     )
     (workplace.folder / "checkpoints").mkdir()
     (workplace.folder / "checkpoints" / "encoder_only.pt").write_bytes(b"broken" * 100)
@@ -247,7 +252,7 @@ def test_a_checkpoint_is_shown_with_the_constants_it_was_trained_with(
 ):
     monkeypatch.setattr(visual, "CHECKPOINTS", tmp_path)
     monkeypatch.setattr(
-        visual, "train_small", lambda name: (random_model(name.replace("-", "_")), [(0, 0.0)], None)
+        visual, "train_small", lambda name: (random_model(name.replace("-", "_")), {}, None)
     )
     MODELS["encoder_only"](d_model=24, num_heads=3, num_layers=5).save(tmp_path / "encoder_only.pt")
     (tmp_path / "decoder_only.pt").write_bytes(b"broken")
@@ -274,3 +279,62 @@ def test_figures_that_cannot_be_written_are_one_line(workplace):
 def test_words_and_digits_are_paired_in_the_similarity_figure():
     assert [VOCABULARY.ids[w] - VOCABULARY.ids[d] for d, w in zip(DIGITS, WORDS)] == [10] * 10
     assert set(SCRIPTS) == {"encoder_only", "decoder_only", "encoder_decoder"}
+
+
+# --- few sequences, candidates, and curves ----------------------------------------------------
+@pytest.mark.parametrize("name", ["decoder-only", "encoder-decoder"])
+def test_with_a_given_length_an_answer_has_that_length_and_never_ends_early(name):
+    model = random_model(name.replace("-", "_"))
+    digits = [["4"], ["7", "0"], ["1", "2", "3"]]
+    script = ARCHITECTURES[name][0]
+    seen = []
+    monkey = compare.exact_match
+    try:
+        compare.exact_match = lambda written, expected: seen.extend(written) or 0.0
+        compare.exact_match_given_length(name, model, digits, digits)
+    finally:
+        compare.exact_match = monkey
+    assert [len(row) for row in seen] == [1, 2, 3]
+    assert all("<EOS>" not in row for row in seen)
+    before = script.translate(model, digits)
+    assert before == script.translate(model, digits)  # the hook is gone
+
+
+@pytest.mark.parametrize("name", ["decoder-only", "encoder-decoder"])
+def test_a_digit_by_scoring_is_the_one_with_the_most_likely_words(name):
+    model = random_model(name.replace("-", "_")).float()
+    script = ARCHITECTURES[name][0]
+    digits, words = ["4", "?", "7"], ["four", "zero", "seven"]
+    scores = {}
+    for digit in DIGITS:
+        item = {**make_item(["4", digit, "7"]), "words": words, "target": VOCABULARY.encode(words)}
+        with torch.no_grad():
+            scores[digit] = -script.compute_loss(model, collate_fn([item])).item()
+    best = max(scores, key=scores.get)
+    assert compare.digit_by_scoring(name, model, digits, 1, words) == best
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "noise", "other columns"])
+def test_a_history_that_cannot_be_read_is_replaced_by_a_small_training(
+    damage, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(visual, "RUNS", tmp_path)
+    good = "architecture,step,loss,exact_match\n" + "".join(
+        f"{name},1,0.5,0.5\n" for name in ARCHITECTURES
+    )
+    for file in ("steps.csv", "history.csv"):
+        (tmp_path / file).write_text(good)
+    assert visual.curves_of_last_run()["decoder-only"] == {
+        "loss": [(1, 0.5)],
+        "exact match": [(1, 0.5)],
+    }
+    content = {
+        "truncated": good[: len(good) // 2],
+        "noise": "\x00\x01 noise\n" * 9,
+        "other columns": good.replace("exact_match", "score"),
+    }
+    if damage == "missing":
+        (tmp_path / "history.csv").unlink()
+    else:
+        (tmp_path / "history.csv").write_text(content[damage])
+    assert visual.curves_of_last_run() is None

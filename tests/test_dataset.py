@@ -197,7 +197,6 @@ def test_masks_hide_padding_and_nothing_else_and_labels_never_mean_padding(rows)
     for labels in (batch["labels"], batch["pair_labels"]):
         assert not (labels == PAD).any()
         assert (labels != IGNORE_INDEX).sum() == sum(len(row) + 1 for row in rows)
-    assert batch["largest"].tolist() == [max(map(int, row)) for row in rows]
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,8 @@ def test_a_batch_equals_its_rows(name):
 
 @torch.no_grad()
 def test_the_classifier_averages_real_tokens_only():
-    classifier = encoder_only.LargestDigitClassifier(random_model("encoder_only")).double().eval()
-    alone = torch.tensor([PROMPT[:3]])
+    classifier = encoder_only.MatchClassifier(random_model("encoder_only")).double().eval()
+    alone = torch.tensor([PROMPT])
     padded = torch.cat([alone, torch.full((1, 5), PAD)], dim=1)
     torch.testing.assert_close(classifier(padded), classifier(alone), atol=1e-10, rtol=0)
     hidden, _ = classifier.encoder.encode(alone)
@@ -316,7 +316,7 @@ def test_the_most_uncertain_position_is_scored_even_in_a_confident_model():
     _, loader = create_dataloaders(300, 4, 32, 0)
     model = MODELS["decoder_only"](d_model=16, num_heads=2, num_layers=1).eval()
     with torch.no_grad():
-        model.final_norm.bias.copy_(400 * model.embedding.weight[7])  # certain of one token
+        model.final_norm.bias.copy_(40_000 * model.embedding.weight[7])  # certain of one token
         model.final_norm.weight.mul_(0.01)
     for confident in (True, False):
         prefix = decoder_only.most_uncertain(model, loader)

@@ -433,11 +433,11 @@ def test_every_share_and_time_in_the_text_names_its_source():
 def test_figures_in_the_text_are_those_of_the_code():
     training, validation = (len(loader.dataset) for loader in toy_dataset.create_dataloaders())
     text = " ".join(" ".join(PROSE).split())
-    words = {5: "five", 20: "twenty", len(MISTAKES): "fifty-seven", 64: "sixty-four"}
+    words = {5: "five", 19: "nineteen", len(MISTAKES): "fifty-seven", 64: "sixty-four"}
     assert len(MISTAKES) == 57
     figures = len(list((ROOT / "figures").glob("*.png")))
     ablations = {
-        row[0]: row[1] for row in next(t for t in MEASURED if "7. Ablations" in t.caption).rows
+        row[0]: row[1] for row in next(t for t in MEASURED if "8. Ablations" in t.caption).rows
     }
     scripts = "".join((ROOT / f"{script}.py").read_text(encoding="utf-8") for script in SCRIPTS)
     unscaled = re.findall(
@@ -664,23 +664,6 @@ def compare_with_what_is_printed(table):
             else:  # times and the like: a busy machine may be slow, but not by a factor of fifty
                 assert 1 / 50 < printed / number(row[column]) < 50, (row, line)
     assert compared >= 2
-
-
-BEGINNER = table_under("11.1").rows
-
-
-@pytest.mark.parametrize(
-    "row", BEGINNER, ids=[f"{row[0]}-{row[1]}".replace("`", "") for row in BEGINNER]
-)
-def test_a_constant_that_is_turned_gives_what_the_guide_says(row, workplace):
-    script = row[0].strip("`").removesuffix(".py")
-    name, value = row[1].strip("`").split(" = ")
-    workplace.set(script, **{name: value})
-    done = workplace.run(script)
-    assert done.returncode == 0, done.stderr
-    exact = number(re.search(r"digits to words.*?([\d.]+)%", done.stdout)[1])
-    promised, within = re.match(rf"({NUMBER}) \(±([\d.]+)\)", row[2]).groups()
-    assert abs(exact - number(promised)) <= number(within)
 
 
 # --- that these tests can fail ------------------------------------------------------------

@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import encoder_only
 from conftest import MODELS, ROOT, SCRIPTS
@@ -20,7 +19,6 @@ from toy_dataset import (
     WORD_OF,
     create_dataloaders,
     pad_rows,
-    to_device,
 )
 
 PAIRS = pad_rows(
@@ -262,21 +260,31 @@ def test_training_is_reproducible(name):
     assert losses[0] == losses[1]
 
 
-def test_the_classifier_does_not_change_the_encoder_it_was_made_from():
+def test_fine_tuning_leaves_the_encoder_as_it_was():
     encoder = MODELS["encoder_only"](d_model=16, num_heads=2, num_layers=1)
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
-    classifier = encoder_only.LargestDigitClassifier(encoder)
-    train_loader, val_loader = create_dataloaders(300, 4, 32, 0)
+    classifier = encoder_only.MatchClassifier(encoder)
+    loaders = create_dataloaders(300, 4, 32, 0)
     optimizer, scheduler = encoder_only.create_optimizer(classifier, 1e-2, 30, 5)
     encoder_only.train_epoch(
-        classifier, train_loader, optimizer, scheduler, 1.0, encoder_only.classifier_loss
+        classifier, loaders[0], optimizer, scheduler, 1.0, encoder_only.classifier_loss
     )
     assert all(torch.equal(before[key], value) for key, value in encoder.state_dict().items())
     assert not torch.equal(before["embedding.weight"], classifier.encoder.embedding.weight)
-    batch = to_device(next(iter(val_loader)), "cpu")
-    expected = F.cross_entropy(classifier(batch["source"]), batch["largest"])
-    torch.testing.assert_close(encoder_only.classifier_loss(classifier, batch), expected)
-    assert 0 <= encoder_only.evaluate_classifier(classifier, val_loader) <= 1
+    scores = [encoder_only.evaluate_classifier(classifier, loaders[1]) for _ in range(2)]
+    assert scores[0] == scores[1] and 0 <= scores[0] <= 1
+    assert len(encoder_only.fine_tune(encoder, *loaders, 2, 1e-3, 5, 1.0)) == 2
+
+
+def test_half_of_the_rows_have_exactly_one_wrong_word_and_the_labels_say_which():
+    corrupted, labels = encoder_only.corrupt_one_word(PAIRS, torch.Generator().manual_seed(0))
+    changed = corrupted != PAIRS
+    assert torch.equal(changed.sum(1), 1 - labels)
+    assert labels.double().mean().item() == pytest.approx(0.5, abs=0.03)
+    old, new = PAIRS[changed], corrupted[changed]
+    words = range(VOCABULARY.ids["zero"], VOCABULARY.ids["nine"] + 1)
+    assert set(old.tolist()) <= set(words) and set(new.tolist()) == set(words)
+    assert (changed.any(0) == (PAIRS >= words[0]).any(0)).all()  # every word position is chosen
 
 
 @pytest.mark.parametrize(
