@@ -416,15 +416,19 @@ class Hypothesis(NamedTuple):
     tokens: list
 
 
-def best_candidates(sums, log_p, count):
-    """Extend each hypothesis by each token and return the best `count` candidates of each source.
+def best_candidates(sums, logits, width):
+    """Extend each hypothesis by each token and return the best 2W candidates of each source.
 
-    sums (B, W) of log-probabilities, log_p (B*W, V) of the next token. Returns (B, count) each: the
-    new sums, best first; the parent hypothesis, 0 to W - 1; and the new token.
+    sums (B, W) of log-probabilities, logits (B*W, V) of the next token. Returns (B, 2W) each: the
+    new sums, best first; the parent hypothesis, 0 to W - 1; and the new token. For W = 1, it is the
+    token that greedy generation takes.
     """
-    batch, width = sums.shape
-    totals = (sums[:, :, None] + log_p.view(batch, width, -1)).flatten(1)  # (B, W*V)
-    totals, index = totals.topk(count)
+    log_p = torch.log_softmax(logits, -1)  # (B*W, V)
+    if width == 1:  # argmax of the logits, because rounding can make two sums equal
+        token = logits.argmax(-1, keepdim=True)  # (B, 1)
+        return sums + log_p.gather(1, token), torch.zeros_like(token), token
+    totals = (sums[:, :, None] + log_p.view(*sums.shape, -1)).flatten(1)  # (B, W*V)
+    totals, index = totals.topk(2 * width)
     # In the example before `beam_search`, `b a` has index 3: parent 3 // 3 = 1, token 3 % 3 = 0.
     return totals, index // log_p.size(-1), index % log_p.size(-1)
 
@@ -640,12 +644,7 @@ class EncoderDecoderTransformer(nn.Module):
                 hidden, _ = self.decode(tokens[:, length - 1:length], memory, memory_mask,
                                         positions[:, length - 1:length], caches)  # (B*W, 1, D)
                 logits = self.output(hidden[:, -1])  # (B*W, V)
-                log_p = torch.log_softmax(logits, -1)
-                if width > 1:
-                    sums, parent, token = best_candidates(sums, log_p, 2 * width)  # (B, 2W) each
-                else:  # the same token as greedy generation, even if rounding makes sums equal
-                    token, parent = logits.argmax(-1, keepdim=True), torch.zeros_like(first_row)
-                    sums = sums + log_p.gather(1, token)
+                sums, parent, token = best_candidates(sums, logits, width)  # (B, 2W) each
 
                 # 2. Move those that end to the finished list: a <EOS>, with score -1.5 / 2.
                 ends = (token == EOS) | (length == max_new_tokens)  # (B, 2W)

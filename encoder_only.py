@@ -582,6 +582,13 @@ def fine_tune(encoder, train_loader, val_loader, num_epochs, learning_rate, warm
     return scores
 
 
+def print_scores(pretrained, from_scratch):
+    """Print two lists of scores after each epoch, of which the first may be shorter."""
+    for epoch, score in enumerate(from_scratch, 1):
+        before = f"{pretrained[epoch - 1]:6.1%}" if epoch <= len(pretrained) else "      "
+        print(f"  epoch {epoch:2d}   correct: pretrained {before}   from scratch {score:6.1%}")
+
+
 # -------------------------------------------------------------------------------------
 # 7. Looking inside
 # -------------------------------------------------------------------------------------
@@ -623,6 +630,14 @@ def alignment(model, sequences):
         hits = hits + (weights.argmax(-1) == torch.tensor(others)).sum(-1)  # (layers, H)
         total += len(digits)
     return hits / total
+
+
+def show_alignment(model, sequences):
+    """Print the fractions of `alignment` as a table."""
+    print("  fraction of held-out words that attend most to their own digit, per layer and head:")
+    for layer, row in enumerate(alignment(model, sequences).tolist()):
+        print(f"    layer {layer}   " + "   ".join(f"head {h}: {share:6.1%}"
+                                                  for h, share in enumerate(row)))
 
 
 def show_attention(model, row):
@@ -674,23 +689,18 @@ def main():
     pretrained = fine_tune(model, train_loader, val_loader, FINETUNE_EPOCHS, *settings)
     from_scratch = fine_tune(untrained, train_loader, val_loader, NUM_EPOCHS + FINETUNE_EPOCHS,
                              *settings)
-    for epoch, score in enumerate(from_scratch, 1):
-        before = f"{pretrained[epoch - 1]:6.1%}" if epoch <= FINETUNE_EPOCHS else "      "
-        print(f"  epoch {epoch:2d}   correct: pretrained {before}   from scratch {score:6.1%}")
+    print_scores(pretrained, from_scratch)
 
     digits = [digits for digits, _, _ in result["examples"]]
     words = [words for _, words, _ in result["examples"]]
     example = max(digits, key=len)
     print("\n3. One masked token, its five most likely tokens")
-    pair = example + ["<SEP>"] + translate(model, [example])[0]
-    for hidden in (0, len(example) + 1):
-        show_predictions(model, " ".join(pair[:hidden] + ["<MASK>"] + pair[hidden + 1:]))
+    words_of = translate(model, [example])[0]
+    show_predictions(model, " ".join(["<MASK>", *example[1:], "<SEP>", *words_of]))
+    show_predictions(model, " ".join([*example, "<SEP>", "<MASK>", *words_of[1:]]))
 
     print("\n4. What masked words attend to")
-    print("  fraction of held-out words that attend most to their own digit, per layer and head:")
-    for layer, row in enumerate(alignment(model, digits).tolist()):
-        print(f"    layer {layer}   " + "   ".join(f"head {h}: {share:6.1%}"
-                                                  for h, share in enumerate(row)))
+    show_alignment(model, digits)
     show_attention(model, [*example, "<SEP>"] + ["<MASK>"] * len(example))
 
     print("\n5. Held-out examples, mistakes first")
