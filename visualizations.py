@@ -505,7 +505,7 @@ def curves_of_last_run():
                 for row in csv.DictReader(lines):
                     point = int(row["step"]), float(row[column.replace(" ", "_")])
                     curves[row["architecture"]][column].append(point)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
         return None
     complete = all(points for both in curves.values() for points in both.values())
     return curves if complete else None
