@@ -45,9 +45,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from housekeeping import (CHECKPOINTS, check_arguments, check_constants, check_finite, check_known,
-                          check_model, check_rows, check_sequences, choose_device, evaluation_mode,
-                          load_checkpoint, run_script, save_checkpoint, save_model)
+from housekeeping import (CHECKPOINTS, check_arguments, check_constants, check_filters,
+                          check_finite, check_known, check_model, check_rows, check_sequences,
+                          choose_device, evaluation_mode, load_checkpoint, run_script,
+                          save_checkpoint, save_model)
 from toy_dataset import (DIGITS, EOS, IGNORE_INDEX, PAD, SOS, VOCABULARY, create_dataloaders,
                          exact_match, pad_rows, padding_mask, print_attention, print_examples,
                          to_device)
@@ -363,7 +364,7 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
     Probabilities 0.5 0.3 0.15 0.05:  top_k=2 keeps 0.5 0.3;  top_p=0.7 keeps 0.5 0.3, because the
     token that crosses p stays;  top_p=0.5 keeps 0.5.
     """
-    check_arguments(temperature=temperature, top_k=top_k, top_p=top_p)
+    check_filters(temperature, top_k, top_p)
     # The softmax ignores a shift. With the largest logit at 0, dividing cannot give inf - inf.
     logits = (logits - logits.max(-1, keepdim=True).values) / temperature
     if top_k is not None:

@@ -100,6 +100,14 @@ def check_arguments(**arguments):
                          "use a temperature such as 1.0")
 
 
+def check_filters(temperature, top_k, top_p):
+    """Raise InputError unless logits can be filtered with these values."""
+    check_arguments(temperature=temperature, top_k=top_k, top_p=top_p)
+    if temperature < 1e-30:  # dividing by it gives NaN
+        raise InputError(f"temperature={temperature} leaves no distribution: use 0.01 or more, or "
+                         "greedy generation")
+
+
 def check_sizes(d_model, num_heads, names=("d_model", "num_heads")):
     """Raise InputError unless d_model is even (sine and cosine) and num_heads divides it."""
     if d_model % 2:
@@ -277,7 +285,7 @@ def load_checkpoint(path, model_class, device="cpu"):
         raise InputError(f"{shown} is damaged or not a checkpoint ({type(error).__name__}): "
                          "delete it and train again") from error
     if architecture != name:
-        raise InputError(f"{shown} contains a model of class {architecture}, not {name}: "
+        raise InputError(f"{shown} contains a model of class {architecture!r}, not {name}: "
                          "load it with the script that wrote it")
     try:
         model = model_class(**arguments).to(device).eval()
@@ -285,6 +293,9 @@ def load_checkpoint(path, model_class, device="cpu"):
     except (TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise InputError(f"{shown} does not fit this version of {name}: "
                          "delete it and train again") from error
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise InputError(f"{shown} contains weights that are not numbers: delete it and train "
+                         "again")
     return model
 
 

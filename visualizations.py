@@ -654,7 +654,8 @@ def embedding_similarity(models, origins):
 
 def main():
     check_constants(globals())
-    if not SENTENCE.split() or not set(SENTENCE.split()) <= set(DIGITS):
+    if not isinstance(SENTENCE, str) or not SENTENCE.split() \
+            or not set(SENTENCE.split()) <= set(DIGITS):
         raise InputError(f"SENTENCE={SENTENCE!r} must be digits with spaces between them: "
                          "use '4 0 7'")
     torch.set_num_threads(NUM_THREADS)

@@ -319,7 +319,7 @@ MISTAKES_IN_THE_GUIDE = [
         "| read its output next to section 8 | `python compare_architectures.py` | 15 |",
         "| read its output next to section 8 | `python compare_architectures.py` | 25 |",
     ),
-    ("lines of a file", "| 957 | 35 |", "| 719 | 25 |"),
+    ("lines of a file", "| 958 | 35 |", "| 719 | 25 |"),
     (
         "command that does not exist",
         "`python visualizations.py` | nineteen",

@@ -180,6 +180,7 @@ def test_their_constants_are_checked_too(script, monkeypatch, capsys):
 
 def test_a_sentence_that_is_not_digits_is_refused(monkeypatch, capsys):
     assert "SENTENCE='four'" in refused(visual, monkeypatch, capsys, SENTENCE="four")
+    assert "SENTENCE=407" in refused(visual, monkeypatch, capsys, SENTENCE=407)
 
 
 # --- visualizations -------------------------------------------------------------------

@@ -289,6 +289,13 @@ def test_whatever_the_filters_leave_can_be_drawn_from(name, rows, temperature, t
 
 
 @pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("temperature", [0, 0.0, 1e-320, -1.0])
+def test_a_temperature_that_leaves_no_distribution_is_refused(name, temperature):
+    with pytest.raises(ValueError, match="temperature="):
+        SCRIPTS[name].filter_logits(torch.randn(2, 5), temperature)
+
+
+@pytest.mark.parametrize("name", WRITERS)
 def test_sampling_follows_the_filtered_distribution(name):
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4000, 4)
     drawn = SCRIPTS[name].choose_next_token(

@@ -218,6 +218,7 @@ class Attack:
         ("empty", "damaged"),
         ("code", "damaged or not"),
         ("a bare tensor", "not a checkpoint"),
+        ("not numbers", "weights that are not numbers"),
         ("other architecture", "DecoderOnlyTransformer"),
         ("other size", "does not fit"),
         ("other arguments", "does not fit"),
@@ -252,6 +253,9 @@ def test_a_checkpoint_that_is_broken_or_foreign_is_refused_in_one_line(
         path.write_bytes(b"")
     elif damage == "code":
         torch.save({**good, "weights": Attack()}, path)
+    elif damage == "not numbers":
+        weights = {key: value * math.nan for key, value in model.state_dict().items()}
+        torch.save({**good, "weights": weights}, path)
     elif damage == "a bare tensor":
         torch.save(torch.zeros(3), path)
     elif damage == "other architecture":
