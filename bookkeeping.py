@@ -85,11 +85,15 @@ class TrainingState:
                        "seconds": 0.0}
         self.clock = time.perf_counter()
 
-    def state_dict(self):
-        """Return everything as a dict that `load_state_dict` takes."""
+    def update_seconds(self):
+        """Add the time since the last call to the record."""
         now = time.perf_counter()
         self.record["seconds"] += now - self.clock
         self.clock = now
+
+    def state_dict(self):
+        """Return everything as a dict that `load_state_dict` takes."""
+        self.update_seconds()
         return {"architecture": self.name, "epoch": self.epoch, "group": self.group,
                 "record": self.record, **{k: part.state_dict() for k, part in self.parts.items()}}
 
@@ -106,7 +110,7 @@ class TrainingState:
         row["learning_rate"] = steps[-1][1]
         row["train_loss"] = sum(s[2] * s[4] for s in steps) / sum(s[4] for s in steps)
         row["gradient_norm"] = sum(norms) / max(1, len(norms))
-        self.state_dict()  # brings the seconds up to date
+        self.update_seconds()
         self.record["history"].append({**row, "seconds": self.record["seconds"]})
         score = [row["exact_match"], -row["validation_loss"]]  # lists compare from left to right
         better = self.record["best"] is None or score > self.record["best"]

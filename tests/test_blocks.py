@@ -10,7 +10,7 @@ import decoder_only
 import encoder_decoder
 import encoder_only
 from attention_by_hand import multi_head_attention
-from conftest import SCRIPTS
+from conftest import MODELS, SCRIPTS
 from train_all import use_fused_attention
 
 B, S, T, D, H = 3, 5, 4, 16, 4
@@ -276,7 +276,48 @@ def test_the_last_query_of_a_causal_mask_stands_at_the_last_key(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("d_model, num_heads", [(65, 5), (64, 3), (64, 0)])
 def test_sizes_that_cannot_work_are_refused(script, d_model, num_heads):
-    from conftest import MODELS
-
     with pytest.raises(ValueError, match="d_model|num_heads=0"):
         MODELS[script](d_model=d_model, num_heads=num_heads)
+
+
+# --- dropout is where it is promised ----------------------------------------------------------
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_dropout_acts_inside_attention_and_feed_forward_in_training(script):
+    module, x = SCRIPTS[script], torch.randn(2, S, D)
+    blocks = [
+        lambda block=module.FeedForward(D, 32, 0.5): block(x),
+        lambda block=module.MultiHeadAttention(D, H, 0.5): block(x, x)[0],
+    ]
+    for block in blocks:
+        assert not torch.equal(block(), block())
+
+
+@pytest.mark.parametrize(
+    "script, layer",
+    [
+        ("encoder_only", "EncoderLayer"),
+        ("decoder_only", "DecoderLayer"),
+        ("encoder_decoder", "EncoderLayer"),
+        ("encoder_decoder", "DecoderLayer"),
+    ],
+)
+def test_dropout_of_a_layer_acts_on_every_branch_before_the_addition(script, layer):
+    block = getattr(SCRIPTS[script], layer)(D, H, 32).train()
+    block.dropout.p = 1.0  # every branch becomes 0, so only the residual path is left
+    x, memory = torch.randn(B, T, D), torch.randn(B, S, D)
+    more = {"memory": memory} if (script, layer) == ("encoder_decoder", "DecoderLayer") else {}
+    assert torch.equal(block(x, None, **more)[0], x)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_dropout_acts_on_the_embeddings(script):
+    model = MODELS[script](d_model=D, num_heads=H, num_layers=1).train()
+    model.dropout.p = 1.0
+    stacks = ("layers", "encoder_layers", "decoder_layers")
+    seen = []
+    for stack in stacks:
+        for layer in getattr(model, stack, []):
+            layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    tokens = torch.tensor([[6, 7, 8]])
+    model(tokens, tokens) if script == "encoder_decoder" else model(tokens)
+    assert seen and all((x == 0).all() for x in seen)

@@ -1,6 +1,7 @@
 """The task: what every model is given, and what it is asked."""
 
 import random
+import zlib
 
 import pytest
 import torch
@@ -117,6 +118,15 @@ def test_what_is_held_out_depends_on_the_digits_alone_and_a_larger_share_holds_o
         held_out = is_held_out(digits, min(one, other))
         assert held_out == is_held_out(list(digits), min(one, other))
         assert is_held_out(digits, max(one, other)) or not held_out
+
+
+def test_held_out_is_the_checksum_and_nothing_else():
+    for length in (1, 2, 3):
+        for number in range(10**length):
+            text = f"{number:0{length}d}"
+            for share in (0.1, 0.125, 0.5):
+                expected = zlib.crc32(text.encode()) / 2**32 < share
+                assert is_held_out(list(text), share) == expected
 
 
 def test_no_script_trains_on_what_another_one_holds_out():

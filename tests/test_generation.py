@@ -397,6 +397,27 @@ def test_beam_width_one_equals_greedy(length_penalty):
         assert [len(f) for f in found] == [1] * len(PROMPTS)
 
 
+def test_beam_search_uses_no_dropout_and_leaves_the_mode_as_it_was():
+    model = random_model("encoder_decoder", dropout=0.5).train()
+    found = model.beam_search(PROMPTS, 3, max_new_tokens=6)
+    assert model.training
+    assert found == model.eval().beam_search(PROMPTS, 3, max_new_tokens=6)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_repetition_penalty_does_not_count_the_prompt(name, monkeypatch):
+    script, seen = SCRIPTS[name], []
+    choose = script.choose_next_token
+
+    def record(logits, written, *rest):
+        seen.append(written.size(1))
+        return choose(logits, written, *rest)
+
+    monkeypatch.setattr(script, "choose_next_token", record)
+    random_model(name).generate([[10, 6, 13, 5], [9, 5]], 4, repetition_penalty=1.5, stop_at=None)
+    assert seen == [0, 1, 2, 3]
+
+
 def test_beam_search_on_a_batch_equals_beam_search_on_its_rows():
     for seed in range(6):
         torch.manual_seed(seed)

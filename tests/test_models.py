@@ -299,6 +299,14 @@ def test_the_mask_is_the_only_thing_fill_masks_changes():
     assert VOCABULARY.ids[filled[0][2]] == logits[2].argmax()
 
 
+def test_filling_masks_uses_no_dropout_and_leaves_the_mode_as_it_was():
+    model = random_model("encoder_only", dropout=0.5).train()
+    rows = [[*"40712", "<SEP>", *["<MASK>"] * 5]] * 9
+    filled = encoder_only.fill_masks(model, rows)
+    assert model.training
+    assert filled == encoder_only.fill_masks(model.eval(), rows)
+
+
 @torch.no_grad()
 def test_evaluation_masks_all_words_and_nothing_else():
     model = random_model("encoder_only")

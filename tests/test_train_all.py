@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from kill_and_resume import kill_and_resume, same_bits, weights
 
+import bookkeeping
 import train_all
 from conftest import MODELS, SCRIPTS, Workplace, finished, last_lines_as_promised, refused, run_of
 from quick_start import ARCHITECTURES
-from toy_dataset import IGNORE_INDEX, NumberTranslationDataset, collate_fn
+from toy_dataset import IGNORE_INDEX, NumberTranslationDataset, collate_fn, create_dataloaders
 
 SMALL = {
     "D_MODEL": 16,
@@ -219,6 +220,44 @@ def test_an_epoch_uses_every_row_once_and_no_group_is_too_large(
     assert all(len(group) == accumulation for group in groups[:-1])  # only the last is short
     assert train_all.epoch_groups(rows, 0) == groups
     assert rows == 7 or train_all.epoch_groups(rows, 1) != groups
+
+
+def test_the_best_weights_stay_when_later_epochs_are_worse():
+    layer = torch.nn.Linear(1, 1)
+    state = bookkeeping.TrainingState("x", layer, layer, layer, layer)
+    for exact, value, better in ((0.5, 1.0, True), (0.9, 2.0, True), (0.4, 3.0, False)):
+        torch.nn.init.constant_(layer.weight, value)
+        state.record["steps"] += [[0, 0.1, 1.0, 1.0, 10], [1, 0.1, 4.0, 1.0, 30]]
+        row = {"exact_match": exact, "validation_loss": 1.0}
+        assert state.add_epoch(row, 2, layer.state_dict()) == better
+    torch.nn.init.constant_(layer.weight, 9.0)  # the weights that are kept are a copy
+    assert state.record["best_weights"]["weight"].item() == 2.0
+    # The loss of an epoch is a mean over labels, not over steps.
+    assert state.record["history"][0]["train_loss"] == pytest.approx((10 + 120) / 40)
+
+
+def test_a_resumed_epoch_sees_the_groups_that_are_left_and_each_later_epoch_all(monkeypatch):
+    monkeypatch.setattr(train_all, "NUM_EPOCHS", 3)
+    monkeypatch.setattr(train_all, "BATCH_SIZE", 10)
+    model = MODELS["decoder_only"](d_model=16, num_heads=2, num_layers=1)
+    optimizer, scheduler = train_all.create_optimizer(model, 45)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state = bookkeeping.TrainingState("decoder-only", model, optimizer, scheduler, scaler)
+    state.epoch, state.group, seen = 1, 4, []
+
+    def record(script, model, items, group, step, *_):
+        assert model.training
+        seen.append((step, group))
+        return 1.0, 1.0, 1
+
+    monkeypatch.setattr(train_all, "train_step", record)
+    loader = create_dataloaders(100, 3, 10, 0)[1]
+    train_all.train(SCRIPTS["decoder_only"], model, state, ITEMS, loader, lambda: None)
+    groups = [train_all.epoch_groups(len(ITEMS), epoch) for epoch in range(3)]
+    n = len(groups[0])
+    assert seen == [(n + i, group) for i, group in enumerate(groups[1])][4:] + [
+        (2 * n + i, group) for i, group in enumerate(groups[2])
+    ]
 
 
 # --- whole runs -----------------------------------------------------------------------
