@@ -140,7 +140,7 @@ def test_the_whole_comparison_from_a_clean_checkout(script):
     assert done.stdout.count("no checkpoint at") == 3
     headings = re.findall(r"^(\d)[. ]", done.stdout, flags=re.MULTILINE)
     assert headings == [str(n) for n in range(1, 10)]
-    assert done.stdout.count("agree") == 4 and "DIFFER" not in done.stdout
+    assert done.stdout.count("Measured and mask agree") == 4 and "DIFFER" not in done.stdout
 
 
 def test_the_comparison_with_a_broken_and_a_foreign_checkpoint_and_a_budget_below_the_unsure_steps(
