@@ -21,7 +21,7 @@ translate words to digits. Then fine-tuning on another task: do these words matc
 What it cannot do: choose the length of its output. It fills the masks that it is given, one per
 digit. Keep this in mind whenever you compare its score with the other two.
 
-Run it:     python encoder_only.py        (about 20 seconds on one CPU core)
+Run it:     python encoder_only.py        (about 25 seconds on one CPU core)
 Try it:     python encoder_only.py 4 0 7           (after the run; digits to words)
             python encoder_only.py four zero seven                 (words to digits)
 
