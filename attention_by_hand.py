@@ -1,7 +1,7 @@
 """
 attention_by_hand.py - attention, built up from one query and three keys
 
-THE IDEA.  Attention is a lookup that mixes. A query describes what is wanted, each key describes
+THE IDEA.  Attention is a weighted lookup. A query describes what is wanted, each key describes
 what its token offers, and the result is an average of the tokens' values, weighted by how well
 query and key match:
 
@@ -54,8 +54,8 @@ print(f"  weights, a row per query; the zero query attends to all keys alike\n{w
 print(f"  the first row equals stage 1: {torch.allclose(results[0], torch.tensor(by_hand))}")
 
 
-print("\n3. The mask: if query t and key t belong to token t, then in a causal model, query t may "
-      "attend\n   to keys 0 to t")
+print("\n3. The mask. Query t and key t belong to token t. In a causal model, query t may attend\n"
+      "   to keys 0 to t")
 
 
 def attention(queries, keys, values, mask=None):

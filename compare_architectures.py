@@ -1,8 +1,8 @@
 """
 compare_architectures.py - which architecture for which task, and why: measured
 
-Everything below is measured in this run, on models that learned the same task from the same
-sequences. Only section 9 is not: it draws conclusions and names the sections that they rest on.
+Every number in a table is measured in this run, on models that learned the same task from the same
+sequences. Section 9 has no numbers: it draws conclusions and names the sections that they rest on.
 
     1 Which token attends to which   change one token, see which outputs change
     2 What each is trained on        one row each: input, label, loss
@@ -198,7 +198,7 @@ def show_training_rows(models, digits):
 def train_on_one_budget():
     """Train all three for NUM_STEPS steps on the same batches.
 
-    Returns {name: model}, {name: [(step, seconds, exact match, loss), ...]}, and for section 6 the
+    Returns {name: model}, {name: [(step, seconds, exact match, loss), ...]}, and for section 7 the
     encoder-decoder after UNDERTRAINED_STEPS. (A number of steps gives almost the same model on
     every machine. A score would not: it jumps from step to step, and rounding moves the jumps.)
     """
@@ -241,8 +241,8 @@ def show_learning_curves(curves):
                         for _, _, exact, _ in curve)
         print(f"  {name:17s}|{signs}|")
     print("  The encoder-only model is given the output length. It learns both directions in these "
-          "steps.\n  Scores dip while the learning rate is high. If it stays high, they dip until "
-          "the last step.")
+          "steps.\n  Scores dip while the learning rate is high. With a constant rate (tried with "
+          "two seeds),\n  they dip until the last step.")
 
 
 # -------------------------------------------------------------------------------------
@@ -475,8 +475,8 @@ def without_scaling(model):
 def without_residuals(model):
     """Ablation: x = f(norm(x)) instead of x = x + f(norm(x))."""
     def forward(layer, x, mask=None, cache=None):
-        normed = layer.norm1(x)
-        x, weights = layer.self_attention(normed, normed, mask, cache)
+        normalized = layer.norm1(x)
+        x, weights = layer.self_attention(normalized, normalized, mask, cache)
         return layer.feed_forward(layer.norm2(x)), weights
 
     for layer in model.layers:
@@ -537,10 +537,10 @@ def show_ablations():
             scores.append(exact_match(ARCHITECTURES[name][0].translate(model, digits), words))
         cells = "".join(f"{score:12.1%}" for score in scores)
         print(f"  {title:36s}{cells}   {prediction}")
-    print("  Three predictions fail. Eight layers learn nothing without warmup, although they are "
-          "pre-norm.\n  Post-norm and one head make no difference in either depth. "
-          "Other seeds (python\n  tests/measure_tries.py ablations) agree, except for two layers "
-          "without warmup: 61.5 to 100%.")
+    print("  With the constants unchanged, three predictions fail. Eight layers learn nothing\n"
+          "  without warmup, although they are pre-norm. Post-norm and one head make no\n"
+          "  difference in either depth. Other seeds (python tests/measure_tries.py ablations) agree, except\n"
+          "  for two layers without warmup: 61.5 to 100%.")
 
 
 def show_padding_ablation():
@@ -580,28 +580,28 @@ def show_choices():
     print("\n9. Choosing. Not measured: known models, and the sections that speak for the choice")
     guide = [
         ("classification, sentiment", "encoder-only", "BERT, RoBERTa, DeBERTa",
-         "one pass (4), both directions (1)"),
+         "one pass (5), both directions (1)"),
         ("named entities, tagging", "encoder-only", "BERT, RoBERTa",
          "a label per token from both directions (1)"),
         ("question answering, extractive", "encoder-only", "BERT",
-         "marks a span in a given text (1, 4)"),
+         "marks a span in a given text (1, 5)"),
         ("question answering, generative", "decoder-only", "GPT-3, PaLM",
-         "free length, predicts its own end (5)"),
+         "free length, predicts its own end (6)"),
         ("chat", "decoder-only", "GPT-3, LLaMA, Mistral",
-         "prompt and answer are one stream with one cache (4)"),
+         "prompt and answer are one stream with one cache (5)"),
         ("code", "decoder-only", "Codex, Code Llama",
-         "continues a text; filling in needs its own training (5)"),
+         "continues a text; filling in needs its own training (6)"),
         ("translation", "encoder-decoder", "T5, mBART, NLLB",
          "reads the source in both directions (1)"),
         ("summarization", "encoder-decoder", "BART, PEGASUS, T5",
          "a long source in both directions, a short answer (1)"),
-        ("search, embeddings", "encoder-only", "Sentence-BERT, E5", "one vector in one pass (4)"),
+        ("search, embeddings", "encoder-only", "Sentence-BERT, E5", "one vector in one pass (5)"),
     ]
     for task, architecture, known, why in guide:
         print(f"  {task:32s}{architecture:17s}{known:26s}{why}")
     print("  Large decoder-only models now do most of these tasks, with one stream and one cache.\n"
           "  For one task with labels and little time per answer, an encoder needs a single pass\n"
-          "  instead of one pass per token (4).")
+          "  instead of one pass per token (5).")
 
 
 def main():

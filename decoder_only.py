@@ -137,8 +137,8 @@ class PositionalEncoding(nn.Module):
         PE[pos, 2i]   = sin(pos / 10000^(2i/D))
         PE[pos, 2i+1] = cos(pos / 10000^(2i/D))
 
-    Vaswani et al. 2017, section 3.5. One step to the right turns each hand by the same angle at
-    every position, so one matrix can express "one position to the left".
+    Vaswani et al. 2017, section 3.5. From one position to the next, each hand turns by a fixed
+    angle. So a single matrix maps the pattern of any position to that of its neighbor.
     """
 
     def __init__(self, d_model, max_len):
@@ -283,9 +283,9 @@ class DecoderLayer(nn.Module):
 
         With a cache, x holds only the new tokens.
         """
-        normed = self.norm1(x)
-        attended, weights = self.self_attention(normed, normed, mask, cache)
-        x = x + self.dropout(attended)  # subtle: add to x, not to `normed`
+        normalized = self.norm1(x)
+        attended, weights = self.self_attention(normalized, normalized, mask, cache)
+        x = x + self.dropout(attended)  # subtle: add to x, not to `normalized`
         x = x + self.dropout(self.feed_forward(self.norm2(x)))
         return x, weights
 
@@ -377,7 +377,7 @@ class DecoderOnlyTransformer(nn.Module):
         # Tied weights, small for the output and scaled for the input, as in encoder_only.py.
         # (Without the factor, 8 epochs end at 4 to 13% exact match, SEED 0-2.) A logit sums D
         # products of a normalized vector with these weights, so its standard deviation is
-        # sqrt(64) * 0.02 = 0.16 and the first loss is close to ln V = 3.26. With nn.Embedding's
+        # sqrt(64) * 0.02 = 0.16, and the first loss is close to ln V = 3.26. With nn.Embedding's
         # default of 1.0, the first loss is close to 60: each token's own logit is by far the
         # largest, so the untrained model predicts that the current token repeats.
         self.output.weight = self.embedding.weight
@@ -520,9 +520,9 @@ def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
     """Return the factor for the learning rate in `step`: linear warmup, then cosine decay.
 
     It is 1 / warmup_steps in step 0, 1 in step warmup_steps - 1, and final_factor in the last step
-    and after it. Warmup: in the first steps, Adam's averages rest on few gradients, so its steps
-    should be small (Vaswani et al. 2017, section 5.3). Decay: smaller steps let the model settle
-    closer to a minimum (Loshchilov and Hutter 2017).
+    and after it. Warmup (Vaswani et al. 2017, section 5.3): in the first steps, Adam's averages
+    rest on few gradients, so its steps should be small (Liu et al. 2020, RAdam). Decay (Loshchilov
+    and Hutter 2017): smaller steps let the model settle closer to a minimum.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps  # never 0, which would waste the first step

@@ -101,8 +101,8 @@ class PositionalEncoding(nn.Module):
         PE[pos, 2i]   = sin(pos / 10000^(2i/D))
         PE[pos, 2i+1] = cos(pos / 10000^(2i/D))
 
-    Vaswani et al. 2017, section 3.5. One step to the right turns each hand by the same angle at
-    every position, so one matrix can express "one position to the left".
+    Vaswani et al. 2017, section 3.5. From one position to the next, each hand turns by a fixed
+    angle. So a single matrix maps the pattern of any position to that of its neighbor.
     """
 
     def __init__(self, d_model, max_len):
@@ -232,9 +232,9 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x, mask=None):
         """x (B, S, D), mask as in `attention` -> (B, S, D) and the weights (B, H, S, S)"""
-        normed = self.norm1(x)
-        attended, weights = self.attention(normed, normed, mask)
-        x = x + self.dropout(attended)  # subtle: add to x, not to `normed`
+        normalized = self.norm1(x)
+        attended, weights = self.attention(normalized, normalized, mask)
+        x = x + self.dropout(attended)  # subtle: add to x, not to `normalized`
         x = x + self.dropout(self.feed_forward(self.norm2(x)))
         return x, weights
 
@@ -419,9 +419,9 @@ def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
     """Return the factor for the learning rate in `step`: linear warmup, then cosine decay.
 
     It is 1 / warmup_steps in step 0, 1 in step warmup_steps - 1, and final_factor in the last step
-    and after it. Warmup: in the first steps, Adam's averages rest on few gradients, so its steps
-    should be small (Vaswani et al. 2017, section 5.3). Decay: smaller steps let the model settle
-    closer to a minimum (Loshchilov and Hutter 2017).
+    and after it. Warmup (Vaswani et al. 2017, section 5.3): in the first steps, Adam's averages
+    rest on few gradients, so its steps should be small (Liu et al. 2020, RAdam). Decay (Loshchilov
+    and Hutter 2017): smaller steps let the model settle closer to a minimum.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps  # never 0, which would waste the first step
@@ -583,7 +583,7 @@ def fine_tune(encoder, train_loader, val_loader, num_epochs, learning_rate, warm
 
 
 def print_scores(pretrained, from_scratch):
-    """Print two lists of scores after each epoch, of which the first may be shorter."""
+    """Print two lists of scores, a row per epoch. The first list may be shorter."""
     for epoch, score in enumerate(from_scratch, 1):
         before = f"{pretrained[epoch - 1]:6.1%}" if epoch <= len(pretrained) else "      "
         print(f"  epoch {epoch:2d}   correct: pretrained {before}   from scratch {score:6.1%}")

@@ -21,10 +21,10 @@ NUMBERS = [random.sample([f"{i:0{n}d}" for i in range(10 ** n)], 10 ** n) for n 
 def encode(number):  # "407" -> the positions in TOKENS of 4 0 7 = four zero seven .
     return [TOKENS.index(t) for t in [*number, "=", *(WORDS[int(digit)] for digit in number), "."]]
 
-# The model, for B rows of T tokens. HEADS attentions run side by side, with K = D / HEADS numbers.
-def attention(q, k, v):  # (B, HEADS, T, K) each: q asks, k is compared with q, v is passed on
+# The model, for B rows of T tokens. HEADS attentions side by side, each on K = D / HEADS numbers.
+def attention(q, k, v):  # (B, HEADS, T, K) each: compares q with k, averages v
     scores = q @ k.transpose(-2, -1) / q.size(-1) ** 0.5  # (B, HEADS, T, T): q . k / sqrt(K)
-    causal = torch.ones_like(scores, dtype=torch.bool).tril()  # no token reads a later one
+    causal = torch.ones_like(scores, dtype=torch.bool).tril()  # no attention to later tokens
     weights = scores.masked_fill(~causal, float("-inf")).softmax(-1)  # each row sums to 1
     return weights @ v  # (B, HEADS, T, K): weighted averages of the values
 
@@ -41,7 +41,7 @@ class Block(nn.Module):
         return self.o(attention(q, k, v).transpose(1, 2).flatten(2))  # (B, T, D)
 
     def forward(self, x):
-        x = x + self.self_attention(self.norm1(x))  # each token reads itself and those before it
+        x = x + self.self_attention(self.norm1(x))  # attends to itself and earlier tokens
         return x + self.mlp(self.norm2(x))  # each token is processed on its own
 
 class GPT(nn.Module):

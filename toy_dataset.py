@@ -177,8 +177,8 @@ def make_item(digits):
 def is_held_out(digits, validation_share):
     """Does this sequence belong to the validation data? A checksum of its digits decides.
 
-    So a sequence that one script holds out is never trained on by another script, whatever their
-    seeds and numbers of samples, as long as the other's share is as large or larger.
+    So no script trains on a sequence that another script holds out, whatever the seeds and numbers
+    of samples. The condition: its own share is at least as large as the other script's.
     """
     return zlib.crc32("".join(digits).encode()) < validation_share * 2 ** 32
 

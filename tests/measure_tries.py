@@ -1,4 +1,4 @@
-"""Run every "Try" of the scripts with SEED 0-4, and the experiments behind the guide's tables.
+"""Run every "Try" of the scripts with SEED 0-4, and the experiments of the guide's tables.
 
     python tests/measure_tries.py         the "Try" comments of the architecture scripts, and the
                                           constants of the guide's table 11.1 (about 10 minutes)
@@ -74,7 +74,7 @@ def check_claims():
     return wrong
 
 
-# --- the experiments behind the guide's tables --------------------------------------------
+# --- the experiments of the guide's tables --------------------------------------------
 def percent(scores):
     return f"{100 * min(scores):5.1f} -{100 * max(scores):6.1f}"
 

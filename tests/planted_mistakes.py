@@ -75,7 +75,7 @@ MISTAKES = [
     (
         "residual from the normalized input",
         "x = x + self.dropout(attended)  # subtle",
-        "x = normed + self.dropout(attended)  # subtle",
+        "x = normalized + self.dropout(attended)  # subtle",
     ),
     (
         "second residual forgotten",

@@ -35,6 +35,22 @@ def test_measured_influence_equals_the_mask():
     assert on_source.shape == (3, 6) and on_source.all()
 
 
+def test_the_reasons_of_the_choices_name_the_sections_that_measure_them(capsys):
+    sections = {
+        title: number for number, title in re.findall(r"^    (\d) (.*?)  ", compare.__doc__, re.M)
+    }
+    compare.show_choices()
+    reasons = re.findall(r"([a-z ,;]+) \(([\d, ]+)\)", capsys.readouterr().out)
+    assert len(reasons) == 11  # a row may have two; the closing sentence has one
+    for words, cited in reasons:
+        title = "What each costs"
+        if "both directions" in words or "span" in words:
+            title = "Which token attends to which"
+        elif "free length" in words or "filling in" in words:
+            title = "What each can and cannot do"
+        assert sections[title] in cited.split(", "), words
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_parameters_by_component_add_up_and_are_what_the_formulas_say(name):
     d, f, layers, v = 16, 32, 2, 26

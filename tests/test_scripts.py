@@ -125,8 +125,8 @@ def test_ctrl_c_ends_a_script_in_one_line_and_leaves_what_was_saved(workplace):
     checkpoint = workplace.folder / "checkpoints" / "decoder_only.pt"
     MODELS["decoder_only"](d_model=16, num_heads=2).save(checkpoint)
     before = checkpoint.read_bytes()
-    # Whoever starts the tests in the background hands down that SIGINT is ignored; a user at a
-    # terminal does not.
+    # Tests that are started in the background inherit that SIGINT is ignored. A script that a
+    # user starts at a terminal does not.
     run = (
         "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "runpy.run_path('decoder_only.py', run_name='__main__')"

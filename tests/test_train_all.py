@@ -41,7 +41,7 @@ def small(workplace):
     return workplace
 
 
-# --- learning rate and optimiser ------------------------------------------------------
+# --- learning rate and optimizer ------------------------------------------------------
 def test_decay_is_on_matrices_only_and_the_schedule_is_the_pure_function():
     model = MODELS["decoder_only"](d_model=16, num_heads=2)
     optimizer, scheduler = train_all.create_optimizer(model, 300)
@@ -76,7 +76,7 @@ def test_weight_decay_pulls_weights_towards_zero_and_leaves_biases(monkeypatch):
 
 # --- one step -------------------------------------------------------------------------
 class KeepGradients(torch.optim.SGD):
-    """An optimiser that takes no step: the gradients stay to be looked at."""
+    """An optimizer that takes no step: the gradients stay to be looked at."""
 
     def __init__(self, model):
         super().__init__(model.parameters(), lr=0.0)

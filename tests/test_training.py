@@ -46,7 +46,7 @@ def test_selected_tokens_become_80_percent_masks_10_percent_others_and_10_percen
             (corrupted == PAIRS)[selected].double().mean(),
         ]
     )
-    # One in twenty random tokens happens to be the original: 10 % * 19/20, and the rest goes to
+    # One in twenty random tokens happens to be the original: 10% * 19/20, and the rest goes to
     # "stay".
     torch.testing.assert_close(
         shares, torch.tensor([0.8, 0.095, 0.105]).double(), atol=0.012, rtol=0
@@ -165,7 +165,7 @@ def test_exact_match_counts_what_translate_writes(name, monkeypatch):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_stop_too_early_or_too_late_is_a_mistake(name):
     if name == "encoder_only":
-        pytest.skip("it is told how many words to write: there is no stop to get wrong")
+        pytest.skip("it is given the output length: there is no stop to get wrong")
     script, model = SCRIPTS[name], MODELS[name](d_model=16, num_heads=2, num_layers=1)
     written = {
         "early": [20, 2],
