@@ -539,8 +539,8 @@ def show_ablations():
         print(f"  {title:36s}{cells}   {prediction}")
     print("  With the constants unchanged, three predictions fail. Eight layers learn nothing\n"
           "  without warmup, although they are pre-norm. Post-norm and one head make no\n"
-          "  difference in either depth. Other seeds (python tests/measure_tries.py ablations) agree, except\n"
-          "  for two layers without warmup: 61.5 to 100%.")
+          "  difference in either depth. Other seeds agree (python tests/measure_tries.py\n"
+          "  ablations), except for two layers without warmup: 61.5 to 100%.")
 
 
 def show_padding_ablation():
