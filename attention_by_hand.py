@@ -1,20 +1,16 @@
 """
-attention_by_hand.py - attention, built up from one query and three keys
+attention_by_hand.py - from one query and three keys to the multi-head attention of encoder_only.py
 
-THE IDEA.  Attention is a weighted lookup. A query describes what is wanted, each key describes
-what its token offers, and the result is an average of the tokens' values, weighted by how well
-query and key match:
+THE IDEA.  Attention is a weighted lookup. A query describes what a token looks for, and a key what
+a token offers. The result is an average of the values, weighted by how well each key matches:
 
     query . key 1  ->  score 1              weight 1 * value 1
     query . key 2  ->  score 2  softmax ->  weight 2 * value 2   add up:  result
     query . key 3  ->  score 3              weight 3 * value 3
 
-Each stage adds one idea to the stage before and checks that both agree where they must. The last
-stage is the multi-head attention of encoder_only.py.
+Each stage adds one idea to the previous stage and checks that both agree where they must.
 
-Run it:     python attention_by_hand.py        (about 2 seconds, nearly all of it importing torch)
-
-Read it from top to bottom, next to its output. The last lines should be:
+Run it:     python attention_by_hand.py        (about 2 seconds). The last lines should be:
 
       result (B, T, D) = (5, 4, 8), weights (B, H, T, S) = (5, 2, 4, 3)
       the batch equals its rows one by one: True
@@ -31,38 +27,32 @@ query = [2.0, 1.0]
 keys = [[1.5, 1.0], [0.0, -1.0], [0.5, 0.5]]
 values = [[10.0, 0.0, 0.0], [0.0, 10.0, 0.0], [0.0, 0.0, 10.0]]
 
-# The dot product of two vectors is large if they are long and point in the same direction.
-# Stage 4 explains why it is divided by the square root of the number of entries, K = 2.
+# The dot product of two vectors is large if they are long and point in the same direction. Stage 4
+# explains why it is divided by sqrt(K), where K = 2 is the size of the vectors.
 scores = [sum(q * k for q, k in zip(query, key)) / math.sqrt(len(query)) for key in keys]
-# The softmax makes positive weights that sum to 1. One more in the score is 2.7 times the weight.
+# The softmax turns scores into positive weights that sum to 1. One more in a score makes its weight
+# e = 2.7 times as large, relative to the others.
 exponentials = [math.exp(score) for score in scores]
 weights = [e / sum(exponentials) for e in exponentials]
-# The result is the weighted average of the values.
 by_hand = [sum(w * value[i] for w, value in zip(weights, values)) for i in range(3)]
 print("  scores ", [round(s, 2) for s in scores])
 print("  weights", [round(w, 2) for w in weights])
-print("  result ", [round(r, 2) for r in by_hand], "is mostly the value of the best key")
+print("  result ", [round(r, 2) for r in by_hand], "is mostly the value of the best match")
 
-
-print("\n2. T queries at once: one matrix product compares each of them with each of S keys")
+print("\n2. T queries at once: one matrix product compares every query with every one of S keys")
 queries = torch.tensor([query, [0.0, -2.0], [0.0, 0.0]])  # (T, K) = (3, 2)
 keys, values = torch.tensor(keys), torch.tensor(values)  # (S, K) = (3, 2) and (3, 3)
 scores = queries @ keys.T / math.sqrt(2)  # (T, S)
 weights = torch.softmax(scores, dim=-1)  # each row sums to 1
 results = weights @ values  # (T, 3)
-print(f"  weights, a row per query; the zero query attends to all keys alike\n{weights}")
+print(f"  weights, one row per query; the zero query attends to all keys equally\n{weights}")
 print(f"  the first row equals stage 1: {torch.allclose(results[0], torch.tensor(by_hand))}")
 
-
-print("\n3. The mask. Query t and key t belong to token t. In a causal model, query t may attend\n"
-      "   to keys 0 to t")
+print("\n3. The mask. In a causal model, the query of token t may attend to the keys of 0 to t")
 
 
 def attention(queries, keys, values, mask=None):
-    """Return softmax(Q K^T / sqrt(K)) V and the weights.
-
-    queries (..., T, K), keys and values (..., S, K), mask (T, S) with True = may attend.
-    """
+    """queries (..., T, K), keys and values (..., S, K), mask (T, S): True = may attend"""
     scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.size(-1))  # (..., T, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)  # exp(-inf) is 0
@@ -76,16 +66,15 @@ print(f"  a masked weight is exactly 0, and each row still sums to 1\n{weights}"
 same = masked_results[2].equal(results[2])
 print(f"  the last row, where nothing is masked, equals stage 2: {same}")
 
-
-print("\n4. Why divide by sqrt(K)? q.k sums K products. For independent entries with mean 0 and "
-      "variance 1,\n   the sum has variance K, so its typical size is sqrt(K)")
+print("\n4. Why divide by sqrt(K)? q.k is a sum of K products. If the entries are independent,\n"
+      "   with mean 0 and variance 1, the sum has variance K, and a typical size of sqrt(K)")
 for width in (4, 64, 1024):
     queries, keys = torch.randn(500, 1, width), torch.randn(500, 16, width)  # 500 times 16 keys
     print(f"  K = {width:4d}", end="")
     for name, scale in (("q.k", 1.0), ("q.k / sqrt(K)", math.sqrt(width))):
         scores = (queries @ keys.transpose(-2, -1) / scale).requires_grad_()  # (500, 1, 16)
         weights = torch.softmax(scores, dim=-1)
-        weights[..., 0].sum().backward()  # how does the first weight change with the 16 scores?
+        weights[..., 0].sum().backward()  # the gradient of the first weight
         largest = weights.max(-1).values.mean().item()
         gradient = scores.grad.abs().mean().item()
         print(f"   {name}: largest weight {largest:.2f}, gradient {gradient:.4f}", end="")
@@ -93,17 +82,16 @@ for width in (4, 64, 1024):
 print("  Without the division, wide heads put nearly all weight on one key, and the gradient "
       "vanishes.")
 
-
-print("\n5. Two heads: each one compares its own half of the numbers")
+print("\n5. Two heads: each uses its own half of the D numbers")
 
 
 def split_heads(x, num_heads):
-    """(..., T, D) -> (..., H, T, K): each head gets K = D / H of the D numbers of every token."""
+    """Split (..., T, D) into H heads, (..., H, T, K), with K = D / H of the numbers each."""
     return x.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
 
 
 def merge_heads(x):
-    """(..., H, T, K) -> (..., T, D): the inverse of split_heads."""
+    """Merge the heads (..., H, T, K) into (..., T, D), the inverse of split_heads."""
     return x.transpose(-3, -2).flatten(-2)
 
 
@@ -112,24 +100,19 @@ heads, _ = attention(split_heads(q, 2), split_heads(k, 2), split_heads(v, 2))  #
 first, _ = attention(q[:, :4], k[:, :4], v[:, :4])
 second, _ = attention(q[:, 4:], k[:, 4:], v[:, 4:])
 same = torch.allclose(merge_heads(heads), torch.cat([first, second], dim=-1))
-print(f"  equal to two attentions side by side, each on its own half: {same}")
+print(f"  equal to two separate attentions, each on its own half: {same}")
 
-
-print("\n6. Learned projections: what a token looks for need not be what it offers")
+print("\n6. Learned projections: a token's query, key, and value can differ")
 
 
 def multi_head_attention(x, memory, projections, num_heads, mask=None):
-    """x (..., T, D), memory (..., S, D) -> result (..., T, D) and weights (..., H, T, S)
-
-    Queries come from x, keys and values from memory. In self-attention, both are the same tokens;
-    in cross-attention, memory is another sequence. The last projection mixes the heads.
-    """
+    """x (..., T, D), memory (..., S, D): x itself, or another sequence (cross-attention)"""
     to_queries, to_keys, to_values, to_output = projections
     queries = split_heads(to_queries(x), num_heads)  # (..., H, T, K)
     keys = split_heads(to_keys(memory), num_heads)  # (..., H, S, K)
     values = split_heads(to_values(memory), num_heads)
     heads, weights = attention(queries, keys, values, mask)  # (..., H, T, K), (..., H, T, S)
-    return to_output(merge_heads(heads)), weights
+    return to_output(merge_heads(heads)), weights  # the last projection mixes the heads
 
 
 tokens = torch.randn(4, 8)  # (T, D)
@@ -142,10 +125,9 @@ projections = [torch.nn.Linear(8, 8) for _ in range(4)]  # random here; training
 _, weights = multi_head_attention(tokens, tokens, projections, 2)
 itself = [w.diagonal(dim1=-2, dim2=-1).mean().item() for w in (plain_weights, weights)]
 print(f"  mean weight of a token on itself: {itself[0]:.2f} without projections, because each "
-      f"vector matches\n  itself best; {itself[1]:.2f} with random ones")
+      f"vector matches\n  itself best, and {itself[1]:.2f} with random projections")
 
-
-print("\n7. The batch: the same code, with one more dimension in front")
+print("\n7. The batch: the same code with one more dimension in front")
 x, memory = torch.randn(5, 4, 8), torch.randn(5, 3, 8)  # (B, T, D), (B, S, D)
 result, weights = multi_head_attention(x, memory, projections, 2)
 print(f"  x (B, T, D) = {tuple(x.shape)}, memory (B, S, D) = {tuple(memory.shape)}")

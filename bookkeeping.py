@@ -1,13 +1,13 @@
 """
-bookkeeping.py - what a long training run needs besides training
+bookkeeping.py - processes, resuming, history, log, and profiler for train_all.py
 
-train_all.py uses this file. It is about files and processes, not about transformers:
+Nothing in this file is about transformers.
 
-    processes     who am I, who prints, start and stop under torchrun
-    TrainingState everything that the next step depends on, saved to runs/unfinished.pt
-    history       runs/history.csv with a row per epoch, runs/steps.csv with a row per step
-    log           runs/log.jsonl with a line per run: what did changing that constant do?
-    profiler      runs/trace_*.json and the most expensive operations
+    processes      rank, number of processes, and printing under torchrun
+    TrainingState  everything that the next step depends on, saved to runs/unfinished.pt
+    history        runs/history.csv with a row per epoch, runs/steps.csv with a row per step
+    log            runs/log.jsonl with a line per run, to compare runs with different constants
+    profiler       runs/trace_*.json and the most expensive operations
 """
 import contextlib
 import csv
@@ -28,31 +28,26 @@ RUNS = ROOT / "runs"
 UNFINISHED = RUNS / "unfinished.pt"
 
 
-# -------------------------------------------------------------------------------------
-# Processes
-# -------------------------------------------------------------------------------------
+# --- Processes ------------------------------------------------------------------------
 def rank():
-    """Return the number of this process: 0 for the first one, and without torchrun."""
+    """Return the rank of this process, 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
-    """Return the number of processes: 1 without torchrun."""
+    """Return the number of processes, 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def say(*words):
-    """Print, but only in the first process."""
+    """Print `words` in the first process only."""
     if rank() == 0:
         print(*words, flush=True)
 
 
 @contextlib.contextmanager
 def processes(device):
-    """Join the other processes inside the `with` block, if torchrun started this one.
-
-    Yields the device of this process: with CUDA, each process has a GPU of its own.
-    """
+    """Connect the processes that torchrun started, if any. Yields the device of this one."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # set by torchrun
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -65,16 +60,14 @@ def processes(device):
             dist.destroy_process_group()
 
 
-# -------------------------------------------------------------------------------------
-# Saving and resuming
-# -------------------------------------------------------------------------------------
+# --- Saving and resuming --------------------------------------------------------------
 class TrainingState:
-    """Everything that the next step depends on, and what was recorded on the way.
+    """Everything that the next step depends on, and the record of the steps so far.
 
-    epoch, group  where training is: `group` steps of epoch number `epoch` are done
+    epoch, group  the position in training: `group` steps of epoch number `epoch` are done
     record        history (a dict per epoch), steps (a list per step), the best score and its
-                  weights, and the training time. Only plain values and tensors, so that the file
-                  can be loaded safely
+                  weights, and the training time. It has only plain values and tensors, so that the
+                  file can be loaded safely
     """
 
     def __init__(self, name, model, optimizer, scheduler, scaler):
@@ -92,13 +85,13 @@ class TrainingState:
         self.clock = now
 
     def state_dict(self):
-        """Return everything as a dict that `load_state_dict` takes."""
+        """Return everything as a dict for `load_state_dict`."""
         self.update_seconds()
         return {"architecture": self.name, "epoch": self.epoch, "group": self.group,
                 "record": self.record, **{k: part.state_dict() for k, part in self.parts.items()}}
 
     def load_state_dict(self, state):
-        """Continue where `state` was saved."""
+        """Restore what `state_dict` returned."""
         self.epoch, self.group, self.record = state["epoch"], state["group"], state["record"]
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
@@ -121,9 +114,9 @@ class TrainingState:
 
 
 def settings_of_run(script, constants, free):
-    """Return what decides the result of a run: its constants, except for those in `free`, and CODE.
+    """Return the settings that decide a run's result: its constants, without `free`, and CODE.
 
-    CODE stands for the bytes of all scripts, without the lines that set these constants.
+    CODE is a hash of all scripts, without the lines that set these constants.
     """
     names = [name for name, value in constants.items()
              if name.isupper() and isinstance(value, (bool, int, float, str))]
@@ -132,14 +125,14 @@ def settings_of_run(script, constants, free):
 
 
 def differences(before, now):
-    """Two dicts of settings -> `NAME before -> now` for each that differs, in one string."""
+    """Return a string with `NAME before -> now` for each setting that differs."""
     return ", ".join(f"{name} {before.get(name)} -> {now.get(name)}"
                      for name in sorted(before.keys() | now.keys())
                      if before.get(name) != now.get(name))
 
 
 def save_unfinished(settings, done, state=None):
-    """Save the records of finished architectures, and the state of the one in training, if any."""
+    """Save the records of finished architectures and the state of the current one, if any."""
     progress = None if state is None else state.state_dict()
     if rank() == 0:
         try_to_write(UNFINISHED, tensors_to_bytes({"settings": settings, "done": done,
@@ -147,13 +140,14 @@ def save_unfinished(settings, done, state=None):
 
 
 def load_unfinished(settings, device):
-    """Return (done, progress) of an interrupted run, or ({}, None). Prints which of the two it is.
+    """Return (done, progress) of an interrupted run, or ({}, None) to start from scratch.
 
-    A damaged file, or a run with other constants or code, is never continued.
+    A run is not resumed if its file is damaged, or if its constants or code have changed. Prints
+    what it decides.
     """
     content = None
     if rank() == 0:
-        for folder in (RUNS, ROOT / "checkpoints"):  # what a killed run was writing
+        for folder in (RUNS, ROOT / "checkpoints"):  # remove what a killed run was writing
             for leftover in folder.glob("*.tmp"):
                 with contextlib.suppress(OSError):
                     leftover.unlink()
@@ -162,7 +156,7 @@ def load_unfinished(settings, device):
                 content = UNFINISHED.read_bytes()
             except OSError:
                 content = b""  # reported below, in all processes
-    if world_size() > 1:  # on two machines each has its own runs/, and only the first one counts
+    if world_size() > 1:  # each machine has its own runs/, and the file of the first one counts
         box = [content]
         dist.broadcast_object_list(box, src=0, device=device if device.type == "cuda" else None)
         content = box[0]
@@ -172,10 +166,10 @@ def load_unfinished(settings, device):
     try:
         saved = tensors_from_bytes(content, device)
         before, done, progress = saved["settings"], saved["done"], saved["progress"]
-        place = f"{len(done)} architectures are trained" if progress is None else (
+        place = f"{len(done)} of 3 architectures trained" if progress is None else (
             f"{progress['architecture']}, epoch {progress['epoch'] + 1}, "
             f"after {progress['group']} steps")
-    except Exception as error:  # a damaged file can fail in any way
+    except Exception as error:  # a damaged file can raise anything
         say(f"runs/unfinished.pt cannot be read ({type(error).__name__}): starting from scratch")
         return {}, None
     if before != settings:
@@ -197,12 +191,12 @@ def remove_unfinished():
 
 @functools.cache
 def warn_once(message):
-    """Print a warning, but not again after every 50 steps."""
+    """Print a warning the first time it is given."""
     print(f"warning: {message}", flush=True)
 
 
 def try_to_write(path, content):
-    """Write `content`. If that fails, print one warning: a full disk must not cost the run."""
+    """Write `content` to `path`. If that fails, print one warning and continue."""
     try:
         write_atomically(path, content)
     except OSError as error:
@@ -210,9 +204,7 @@ def try_to_write(path, content):
                   "without it")
 
 
-# -------------------------------------------------------------------------------------
-# History and log
-# -------------------------------------------------------------------------------------
+# --- History and log ------------------------------------------------------------------
 def write_history(records):
     """Write runs/history.csv and runs/steps.csv from the records of all architectures so far."""
     epochs, steps = io.StringIO(), io.StringIO()
@@ -230,7 +222,7 @@ def write_history(records):
 
 
 def append_to_log(settings, scores, seconds):
-    """Add this run to runs/log.jsonl. Print the last runs, each with the settings that differed.
+    """Add this run to runs/log.jsonl and print the last runs with the settings that differed.
 
     scores: {architecture: exact match}
     """
@@ -261,12 +253,10 @@ def append_to_log(settings, scores, seconds):
               + f"   {took:7.1f}   {'this run' if before is settings else difference}")
 
 
-# -------------------------------------------------------------------------------------
-# Profiler
-# -------------------------------------------------------------------------------------
+# --- Profiler -------------------------------------------------------------------------
 @contextlib.contextmanager
 def profiler(name, steps, device):
-    """Profile the first `steps` steps. Yields an object whose step() belongs at the end of each.
+    """Profile the first `steps` steps. Yields an object; call its step() after each training step.
 
     Writes a trace to runs/ (open it at https://ui.perfetto.dev) and prints the five most expensive
     operations.

@@ -1,25 +1,22 @@
 """
-compare_architectures.py - which architecture for which task, and why: measured
+compare_architectures.py - measure which architecture suits which task, and why
 
-Every number in a table is measured in this run, on models that learned the same task from the same
-sequences. Section 9 has no numbers: it draws conclusions and names the sections that they rest on.
+Every number in a table is measured in this run. Section 9 has none: it gives recommendations and
+names the sections that support them.
 
-    1 Which token attends to which   change one token, see which outputs change
+    1 Which token attends to which   change one input token, and see which outputs change
     2 What each is trained on        one row each: input, label, loss
-    3 One task, one budget           steps and seconds to 90% and 99%
+    3 One task, one budget           steps and seconds to 90% and 99% exact match
     4 Few training sequences         where the architectures differ most
     5 What each costs                parameters, passes, multiply-adds, milliseconds, cache
-    6 What each can and cannot do    tried, not claimed
-    7 How to generate                greedy to beam search, with an undertrained model
-    8 Ablations                      one component removed at a time, in shallow and deep models
-    9 Choosing                       real tasks, and which section above decides
+    6 What each can and cannot do    tasks and inputs that it was not trained for
+    7 How to generate                from greedy to beam search, with an undertrained model
+    8 Ablations                      one change at a time, in a shallow and a deep model
+    9 Choosing                       real tasks, and the sections that support the choice
 
 Run it:     python compare_architectures.py        (about 100 seconds on one CPU core)
 
-The models are those in checkpoints/, if there are any, with the sizes that they were trained with.
-If one is missing, the model that section 3 trains is used, and the script says so.
-
-READING ORDER   any: each section is one function, and `main` calls them in order
+Sections 1, 2, 5, and 6 use the models in checkpoints/, or those of section 3 where one is missing.
 """
 import copy
 import functools
@@ -45,7 +42,7 @@ from train_all import parameters_by_component, train_for
 # =====================================================================================
 # CONSTANTS - change one, run again
 # =====================================================================================
-D_MODEL = 64             # size of the models that section 3 trains
+D_MODEL = 64             # this and the next four: the models that this script trains
 NUM_HEADS = 4
 NUM_LAYERS = 2
 D_FF = 256
@@ -56,29 +53,27 @@ BATCH_SIZE = 32
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 40
 CLIP_NORM = 1.0
-NUM_STEPS = 500          # of section 3, for each architecture
-EVALUATE_EVERY = 25      # steps between two evaluations in section 3
-FEW_STEPS = 300          # of section 4, for each model
-FEW_SEQUENCES = (50, 200)  # of section 4: how many training sequences
-UNDERTRAINED_STEPS = 60  # section 7 uses the encoder-decoder after that many steps
-ABLATION_STEPS = 250     # of section 8, for each variant
-ABLATION_LAYERS = (2, 8)  # of section 8
+NUM_STEPS = 500          # section 3: steps per architecture
+EVALUATE_EVERY = 25      # section 3: steps between two evaluations
+FEW_STEPS = 300          # section 4: steps per model
+FEW_SEQUENCES = (50, 200)  # section 4: sizes of the training sets
+UNDERTRAINED_STEPS = 60  # section 7: steps of the encoder-decoder
+ABLATION_STEPS = 250     # section 8: steps per variant
+ABLATION_LAYERS = (2, 8)  # section 8: numbers of layers
 SEED = 0
 DEVICE = "cpu"           # or "cuda", "mps"
 NUM_THREADS = 1
 # =====================================================================================
 
 
-# -------------------------------------------------------------------------------------
-# Shared by the sections
-# -------------------------------------------------------------------------------------
+# --- Used by several sections ---------------------------------------------------------
 def loaders():
-    """Return (training loader, validation loader), the same for everything in this file."""
+    """Return the (training, validation) loaders that every section uses."""
     return create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED)
 
 
 def new_model(name, **changes):
-    """Return an untrained model of architecture `name`, from the same seed each time."""
+    """Return an untrained model of architecture `name`, always from the same seed."""
     torch.manual_seed(SEED)
     arguments = {"d_model": D_MODEL, "num_heads": NUM_HEADS, "num_layers": NUM_LAYERS,
                  "d_ff": D_FF, "dropout": DROPOUT}
@@ -86,10 +81,7 @@ def new_model(name, **changes):
 
 
 def train(name, model, num_steps, warmup_steps=WARMUP_STEPS, num_sequences=None, watch=None):
-    """Train `model` for `num_steps` steps, on a random choice of `num_sequences` if given.
-
-    watch(step, loss, seconds) is called after each step.
-    """
+    """Train and return `model`, on a random subset of `num_sequences` if that is given."""
     train_loader, _ = loaders()
     if num_sequences is not None:
         items = random.Random(SEED).sample(list(train_loader.dataset), num_sequences)
@@ -100,7 +92,7 @@ def train(name, model, num_steps, warmup_steps=WARMUP_STEPS, num_sequences=None,
 
 
 def median_milliseconds(run, rounds=5):
-    """Return the median time of `run()` in ms, after one call to warm up."""
+    """Return the median time of `run()` in milliseconds, after one warm-up call."""
     run()
     times = []
     for _ in range(rounds):
@@ -111,22 +103,20 @@ def median_milliseconds(run, rounds=5):
 
 
 def held_out_sequences(count=200):
-    """Return (digits, words) of about `count` held-out sequences, evenly over the lengths."""
+    """Return (digits, words) of up to `count` held-out sequences, evenly over the lengths."""
     held_out = list(loaders()[1].dataset)  # ordered by length
     items = [held_out[i * len(held_out) // count] for i in range(count)]
     items = items if len(held_out) > count else held_out
     return [item["digits"] for item in items], [item["words"] for item in items]
 
 
-# -------------------------------------------------------------------------------------
-# 1. Which token attends to which
-# -------------------------------------------------------------------------------------
+# --- 1. Which token attends to which --------------------------------------------------
 @torch.no_grad()
 def influence(model, inputs, changed):
-    """Return booleans (T, S): does the output at row t change if the input token s is changed?
+    """Return booleans (T, S): True if changing token s of inputs[changed] changes the output at t.
 
-    model(*inputs) gives logits (1, T, V). `changed` says which of `inputs` (tensors (1, S)) is
-    changed. In float64, an influence is far above rounding errors, and its absence is exactly 0.
+    model(*inputs) returns logits (1, T, V). In float64, an influence is far above rounding errors,
+    and without one the difference is exactly 0.
     """
     model = copy.deepcopy(model).cpu().double().eval()
     before = model(*inputs)  # (1, T, V)
@@ -140,8 +130,8 @@ def influence(model, inputs, changed):
 
 def show_influence(models):
     """Print the measured influence next to the mask that explains it."""
-    print("\n1. Which token attends to which. Rows: outputs. Columns: the input token that was "
-          "changed.\n   # the output changed, . it did not")
+    print("\n1. Which token attends to which. Rows are outputs, columns are input tokens that were "
+          "changed.\n   # the output changed, . it did not change")
     pair = torch.tensor([VOCABULARY.encode("4 0 7 <SEP> four zero seven")])  # (1, 7)
     source = pair[:, :3]  # (1, 3)
     target = torch.tensor([[SOS] + pair[0, 4:].tolist()])  # (1, 4)
@@ -149,10 +139,8 @@ def show_influence(models):
     causal = full.tril()
     cases = [("encoder-only", "only padding is masked", [pair], 0, full),
              ("decoder-only", "causal mask", [pair], 0, causal),
-             ("encoder-decoder", "target on target: causal mask", [source, target], 1,
-              causal[:4, :4]),
-             ("encoder-decoder", "target on source: cross-attention", [source, target], 0,
-              full[:4, :3])]
+             ("encoder-decoder", "target to target, causal", [source, target], 1, causal[:4, :4]),
+             ("encoder-decoder", "target to source, cross", [source, target], 0, full[:4, :3])]
     for name, why, inputs, changed, mask in cases:
         measured = influence(models[name], inputs, changed)  # (T, S)
         agree = "agree" if torch.equal(measured, mask) else "DIFFER"
@@ -164,12 +152,10 @@ def show_influence(models):
             print(f"    {label:8s}{grids[0]}    {grids[1]}")
 
 
-# -------------------------------------------------------------------------------------
-# 2. What each is trained on
-# -------------------------------------------------------------------------------------
+# --- 2. What each is trained on -------------------------------------------------------
 @torch.no_grad()
 def show_training_rows(models, digits):
-    """Print one row as each model gets it in training: input, label, loss per position."""
+    """Print one row as each model gets it in training: the input, label, and loss per position."""
     print(f"\n2. What each is trained on: the row {' '.join(digits)}, its labels, and the loss at "
           "each position in nats")
     batch = to_device(collate_fn([make_item(digits)]), choose_device(DEVICE))
@@ -192,15 +178,12 @@ def show_training_rows(models, digits):
             print(f"    {title:6s}" + "".join(f"{cell:>8s}" for cell in cells))
 
 
-# -------------------------------------------------------------------------------------
-# 3. One task, one budget
-# -------------------------------------------------------------------------------------
+# --- 3. One task, one budget ----------------------------------------------------------
 def train_on_one_budget():
     """Train all three for NUM_STEPS steps on the same batches.
 
     Returns {name: model}, {name: [(step, seconds, exact match, loss), ...]}, and for section 7 the
-    encoder-decoder after UNDERTRAINED_STEPS. (A number of steps gives almost the same model on
-    every machine. A score would not: it jumps from step to step, and rounding moves the jumps.)
+    encoder-decoder after UNDERTRAINED_STEPS.
     """
     _, val_loader = loaders()
     trained, curves, undertrained = {}, {}, []
@@ -220,7 +203,7 @@ def train_on_one_budget():
 
 
 def show_learning_curves(curves):
-    """Print when each reached 90% and 99% exact match, where it ended, and its learning curve."""
+    """Print the steps to 90% and 99% exact match, the final scores, and the learning curves."""
     print(f"\n3. One task, one budget: {NUM_STEPS} steps of {BATCH_SIZE} rows each, same data, "
           f"d_model {D_MODEL}, {NUM_LAYERS} layers")
     print(f"  {'':17s}{'to 90%':>20s}{'to 99%':>20s}{'exact match':>13s}{'loss':>9s}"
@@ -234,26 +217,21 @@ def show_learning_curves(curves):
         steps, seconds, exact, loss = curve[-1]
         print(f"  {name:17s}{cells[0]:>20s}{cells[1]:>20s}{exact:13.1%}{loss:9.4f}"
               f"{1000 * seconds / steps:13.1f}")
-    print(f"  exact match every {EVALUATE_EVERY} steps: 0 is below 10%, 9 is 90% to 98%, "
+    print(f"  exact match every {EVALUATE_EVERY} steps: 0 is below 10%, 9 is 90% or more, "
           "# is 99% or more")
     for name, curve in curves.items():
         signs = "".join("#" if exact >= 0.99 else str(min(9, int(10 * exact)))
                         for _, _, exact, _ in curve)
         print(f"  {name:17s}|{signs}|")
-    print("  The encoder-only model is given the output length. It learns both directions in these "
-          "steps.\n  Scores dip while the learning rate is high. With a constant rate (tried with "
-          "two seeds),\n  they dip until the last step.")
+    print("  The encoder-only model is given the output length, and learns both directions in these"
+          "\n  steps. Scores dip while the learning rate is high. With a constant learning rate "
+          "(tried with\n  two seeds), they dip until the last step.")
 
 
-# -------------------------------------------------------------------------------------
-# 4. Few training sequences
-# -------------------------------------------------------------------------------------
+# --- 4. Few training sequences --------------------------------------------------------
 @torch.inference_mode()
 def exact_match_given_length(name, model, digits, words):
-    """Return the exact match if the number of words is given: <EOS> is never chosen.
-
-    The encoder-only model is always given the length. This puts the other two on the same footing.
-    """
+    """Return the exact match if the output length is given, so that <EOS> is never chosen."""
     def forbid_eos(_, __, logits):
         logits[..., EOS] = -math.inf
         return logits
@@ -268,7 +246,7 @@ def exact_match_given_length(name, model, digits, words):
 
 
 def show_few_sequences():
-    """Train each architecture on few sequences. Print exact match on the held-out ones."""
+    """Train each architecture on few sequences and print the exact match on held-out ones."""
     print(f"\n4. Few training sequences: {FEW_STEPS} steps of {BATCH_SIZE} rows, one seed, exact "
           "match on held-out sequences")
     print(f"  {'trained on':30s}" + "".join(f"{f'{n} sequences':>15s}" for n in FEW_SEQUENCES))
@@ -284,18 +262,15 @@ def show_few_sequences():
                 rows.setdefault(f"{name}, length given", []).append(score)
     for label, scores in rows.items():
         print(f"  {label:30s}" + "".join(f"{score:15.1%}" for score in scores))
-    print("  The encoder-only model is always given the length: a part of its lead, as the other "
-          "two show\n  when they are given it too.")
+    print("  The encoder-only model is always given the output length. That is a part of its lead, "
+          "as the\n  rows with the length given show.")
 
 
-# -------------------------------------------------------------------------------------
-# 5. What each costs
-# -------------------------------------------------------------------------------------
+# --- 5. What each costs ---------------------------------------------------------------
 class Decompose(TorchDispatchMode):
-    """Replaces composite operations by their parts, such as a linear layer by its matrix product.
+    """Splits composite operations, such as linear layers, into their parts.
 
-    PyTorch 2.5 does not do this under inference_mode. Its counter then counts nothing, because it
-    only knows the products.
+    PyTorch 2.5 does not do this under inference_mode, and its counter knows only the parts.
     """
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
@@ -305,7 +280,7 @@ class Decompose(TorchDispatchMode):
 
 
 def multiply_adds(run):
-    """Return the multiply-adds of `run()` in matrix products (the counter counts each as two)."""
+    """Return the multiply-adds in the matrix products of `run()` (two operations each)."""
     with FlopCounterMode(display=False) as counter, Decompose():
         run()
     return counter.get_total_flops() // 2
@@ -313,7 +288,7 @@ def multiply_adds(run):
 
 @torch.no_grad()
 def cache_bytes(name, model, source_length, num_tokens):
-    """Return the bytes that generation keeps for one row, in the caches that it would make."""
+    """Return the bytes of the key/value caches that generation needs for one row."""
     if name == "decoder-only":
         caches = [layer.self_attention.new_cache(1, source_length + num_tokens)
                   for layer in model.layers]
@@ -324,7 +299,6 @@ def cache_bytes(name, model, source_length, num_tokens):
 
 
 def show_costs(models, digits):
-    """Print parameters, passes, multiply-adds, times, and cache sizes."""
     print("\n5. What each costs")
     for name, model in models.items():
         counts = parameters_by_component(model)
@@ -354,14 +328,12 @@ def show_costs(models, digits):
                   + "".join(f"{1000 * s:12.1f}" for s in seconds) + kept)
 
 
-# -------------------------------------------------------------------------------------
-# 6. What each can and cannot do
-# -------------------------------------------------------------------------------------
+# --- 6. What each can and cannot do ---------------------------------------------------
 @torch.no_grad()
 def digit_by_scoring(name, model, digits, position, words):
-    """Return the digit at `position` under which the model finds `words` most likely.
+    """Return the digit at `position` that gives `words` the highest probability.
 
-    A decoder cannot fill a mask, but it can score all ten candidates, in ten passes (one batch).
+    A decoder cannot fill in a mask, but it can score all ten candidates in a batch of ten rows.
     """
     candidates = [digits[:position] + [digit] + digits[position + 1:] for digit in DIGITS]
     items = [{**make_item(row), "words": words, "target": VOCABULARY.encode(words)}
@@ -374,7 +346,7 @@ def digit_by_scoring(name, model, digits, position, words):
 
 
 def show_words_to_digits(models, digits, words):
-    """Print how well each model translates in reverse and finds a missing digit."""
+    """Print how well each model translates words to digits and finds a missing digit."""
     print(f"  words to digits, exact match on {len(digits)} held-out sequences")
     back = encoder_only.translate_back(models["encoder-only"], words)
     print(f"    encoder-only     {exact_match(back, digits):6.1%}   trained on both directions")
@@ -385,7 +357,7 @@ def show_words_to_digits(models, digits, words):
     middle = [row for row in zip(digits, words) if len(row[0]) >= 3]
     rows = [d[:1] + ["<MASK>"] + d[2:] + ["<SEP>"] + w for d, w in middle]
     filled = encoder_only.fill_masks(models["encoder-only"], rows)
-    print("  a mask in the middle: the second digit from everything around it")
+    print("  a mask in the middle: the second digit, predicted from both sides")
     print("    encoder-only     "
           f"{exact_match([row[1] for row in filled], [d[1] for d, _ in middle]):6.1%}")
     for name in ("decoder-only", "encoder-decoder"):
@@ -395,7 +367,6 @@ def show_words_to_digits(models, digits, words):
 
 
 def show_longer_inputs(models):
-    """Print exact match on more digits than in training, and an answer of each model."""
     print("  longer than in training, exact match on 100 sequences of each length")
     generator = torch.Generator().manual_seed(SEED)
     lengths = range(MAX_DIGITS, MAX_DIGITS + 4)
@@ -415,29 +386,26 @@ def show_longer_inputs(models):
         print(f"    {name:16s} " + "".join(f"{cell:>12s}" for cell in cells))
     for name, (sequence, written) in failures.items():
         print(f"    {name:16s} {' '.join(sequence)} -> {' '.join(written)}")
-    print("  The sinusoids are defined for these positions, but no model was trained on them.")
+    print("  The sinusoids are defined at these positions, but no model was trained on them.")
 
 
 def show_limits(models):
-    """Try each model on what it was not trained for, and print what comes out."""
-    print("\n6. What each can and cannot do, tried")
+    print("\n6. What each can and cannot do")
     digits, words = held_out_sequences()
     show_words_to_digits(models, digits, words)
     show_longer_inputs(models)
-    print("  an unknown token: 4 x 7, read as 4 <UNK> 7")
+    print("  an unknown token: 4 x 7 is encoded as 4 <UNK> 7")
     for name, model in models.items():
         written = ARCHITECTURES[name][0].translate(model, [["4", "x", "7"]])[0]
         print(f"    {name:16s} {' '.join(written)}")
-    print("  the stop: fraction of answers with exactly as many words as digits")
+    print("  stopping: fraction of answers with exactly as many words as digits")
     for name, model in models.items():
         written = ARCHITECTURES[name][0].translate(model, digits)
         same = exact_match([len(row) for row in written], [len(row) for row in digits])
         print(f"    {name:16s} {same:6.1%}" + ("   given" if name == "encoder-only" else ""))
 
 
-# -------------------------------------------------------------------------------------
-# 7. How to generate
-# -------------------------------------------------------------------------------------
+# --- 7. How to generate ---------------------------------------------------------------
 STRATEGIES = {
     "greedy": {}, "temperature 0.5": {"temperature": 0.5}, "temperature 1": {"temperature": 1.0},
     "temperature 1.5": {"temperature": 1.5}, "top_k 3": {"temperature": 1.0, "top_k": 3},
@@ -449,23 +417,20 @@ STRATEGIES = {
 
 
 def show_generation(undertrained):
-    """Print exact match, diversity, and time of every strategy on an undertrained model."""
     digits, words = held_out_sequences()
     print(f"\n7. How to generate: the encoder-decoder of section 3 after "
           f"{min(UNDERTRAINED_STEPS, NUM_STEPS)} steps, on {len(digits)} held-out sequences")
     show_strategies(encoder_decoder.translate, undertrained, digits, words, STRATEGIES, SEED)
 
 
-# -------------------------------------------------------------------------------------
-# 8. Ablations
-# -------------------------------------------------------------------------------------
+# --- 8. Ablations ---------------------------------------------------------------------
 def without_positions(model):
     """Ablation: zero the positional encodings."""
     model.positional_encoding.table.zero_()
 
 
 def without_scaling(model):
-    """Ablation: undo the division of the scores by sqrt(K) by multiplying the queries with it."""
+    """Ablation: multiply the queries by sqrt(K), which cancels the division of the scores."""
     for module in model.modules():
         if type(module).__name__ == "MultiHeadAttention":
             factor = math.sqrt(module.head_dim)
@@ -495,7 +460,7 @@ def post_norm(model):
 
 
 def without_cross_padding_mask(model):
-    """Let the decoder attend to the source's padding; the encoder still may not."""
+    """Ablation: let the decoder attend to the source's padding. The encoder still does not."""
     decode = model.decode
 
     def unmasked(tokens, memory, memory_mask, *rest, **options):
@@ -507,23 +472,20 @@ def without_cross_padding_mask(model):
 ABLATIONS = [  # (name, architecture, arguments, change, warmup steps, prediction)
     ("baseline", "decoder-only", {}, None, WARMUP_STEPS, "learns the task"),
     ("without positions", "decoder-only", {}, without_positions, WARMUP_STEPS,
-     "words in the wrong order; the causal mask hints at the order"),
+     "wrong order of words; the causal mask hints at the order"),
     ("without 1/sqrt(K)", "decoder-only", {}, without_scaling, WARMUP_STEPS,
-     "K = 16 is small: scores four times as large, little harm"),
+     "little harm: K = 16 is small, scores are 4 times as large"),
     ("without residuals", "decoder-only", {}, without_residuals, WARMUP_STEPS,
-     "two layers may still learn; deep stacks do not"),
+     "two layers may still learn; deep models do not"),
     ("post-norm", "decoder-only", {}, post_norm, WARMUP_STEPS,
-     "as good with two layers; worse in deep stacks"),
+     "as good with two layers; worse in deep models"),
     ("one head", "decoder-only", {"num_heads": 1}, None, WARMUP_STEPS,
-     "one place to attend to per layer: worse"),
-    ("without warmup", "decoder-only", {}, None, 0, "pre-norm is forgiving: little harm"),
-]
+     "worse: only one attention pattern per layer"),
+    ("without warmup", "decoder-only", {}, None, 0, "little harm, because the model is pre-norm")]
 
 
 def show_ablations():
-    """Train each variant for ABLATION_STEPS steps, shallow and deep. Print the exact match."""
-    print(f"\n8. Ablations: one component removed at a time, {ABLATION_STEPS} steps each, one "
-          "seed, exact match")
+    print(f"\n8. Ablations: one change at a time, {ABLATION_STEPS} steps, one seed, exact match")
     print(f"  {'variant':36s}" + "".join(f"{f'{n} layers':>12s}" for n in ABLATION_LAYERS)
           + "   predicted")
     digits, words = held_out_sequences()
@@ -537,16 +499,15 @@ def show_ablations():
             scores.append(exact_match(ARCHITECTURES[name][0].translate(model, digits), words))
         cells = "".join(f"{score:12.1%}" for score in scores)
         print(f"  {title:36s}{cells}   {prediction}")
-    print("  With the constants unchanged, three predictions fail. Eight layers learn nothing\n"
-          "  without warmup, although they are pre-norm. Post-norm and one head make no\n"
-          "  difference in either depth. Other seeds agree (python tests/measure_tries.py\n"
-          "  ablations), except for two layers without warmup: 61.5 to 100%.")
+    print("  With the constants unchanged, three predictions are wrong. Without warmup, eight\n"
+          "  layers learn nothing, although they are pre-norm. Post-norm and one head make no\n"
+          "  difference at either depth. Other seeds agree (python tests/measure_tries.py\n"
+          "  ablations), except for two layers without warmup: 61.5-100%.")
 
 
 def show_padding_ablation():
-    """Print what happens if cross-attention masks the source's padding only sometimes."""
-    print(f"\n  The padding mask of cross-attention: encoder-decoder, {ABLATION_STEPS} steps, "
-          "exact match")
+    """Print the exact match with and without the padding mask of cross-attention."""
+    print(f"\n  The padding mask of cross-attention: {ABLATION_STEPS} steps, exact match")
     print(f"  {'':36s}{'one batch of all lengths':>26s}{'each length on its own':>24s}")
     digits, words = held_out_sequences()
     lengths = sorted({len(row) for row in digits})
@@ -568,48 +529,40 @@ def show_padding_ablation():
     without_cross_padding_mask(model)
     train("encoder-decoder", model, ABLATION_STEPS)
     show("missing in training and generation", model)
-    print("  Without the mask, the answer for a row depends on the padding next to it. A model that"
-          " was\n  trained with padding in view needs it: alone, without padding, rows go wrong.")
+    print("  Without the mask, the answer for a row depends on its padding. A model that was "
+          "trained\n  without the mask relies on padding, and gets rows without padding wrong.")
 
 
-# -------------------------------------------------------------------------------------
-# 9. Choosing
-# -------------------------------------------------------------------------------------
+# --- 9. Choosing ----------------------------------------------------------------------
 def show_choices():
-    """Print the decision guide. It is not measured, but names the sections that it rests on."""
-    print("\n9. Choosing. Not measured: known models, and the sections that speak for the choice")
+    print("\n9. Choosing (not measured): known models, and the sections that support the choice")
     guide = [
         ("classification, sentiment", "encoder-only", "BERT, RoBERTa, DeBERTa",
-         "one pass (5), both directions (1)"),
+         "one pass (5), context from both sides (1)"),
         ("named entities, tagging", "encoder-only", "BERT, RoBERTa",
-         "a label per token from both directions (1)"),
+         "a label per token, context from both sides (1)"),
         ("question answering, extractive", "encoder-only", "BERT",
-         "marks a span in a given text (1, 5)"),
-        ("question answering, generative", "decoder-only", "GPT-3, PaLM",
-         "free length, predicts its own end (6)"),
-        ("chat", "decoder-only", "GPT-3, LLaMA, Mistral",
-         "prompt and answer are one stream with one cache (5)"),
+         "selects a span of a given text (1, 5)"),
+        ("question answering, generative", "decoder-only", "GPT-3, PaLM", "predicts <EOS> (6)"),
+        ("chat", "decoder-only", "GPT-3, LLaMA, Mistral", "one sequence, one cache (5)"),
         ("code", "decoder-only", "Codex, Code Llama",
-         "continues a text; filling in needs its own training (6)"),
-        ("translation", "encoder-decoder", "T5, mBART, NLLB",
-         "reads the source in both directions (1)"),
+         "continues a text; filling in needs extra training (6)"),
+        ("translation", "encoder-decoder", "T5, mBART, NLLB", "source in both directions (1)"),
         ("summarization", "encoder-decoder", "BART, PEGASUS, T5",
          "a long source in both directions, a short answer (1)"),
-        ("search, embeddings", "encoder-only", "Sentence-BERT, E5", "one vector in one pass (5)"),
-    ]
+        ("search, embeddings", "encoder-only", "Sentence-BERT, E5",
+         "one vector per text in one pass (5)")]
     for task, architecture, known, why in guide:
         print(f"  {task:32s}{architecture:17s}{known:26s}{why}")
-    print("  Large decoder-only models now do most of these tasks, with one stream and one cache.\n"
-          "  For one task with labels and little time per answer, an encoder needs a single pass\n"
-          "  instead of one pass per token (5).")
+    print("  Large decoder-only models now do most of these tasks. For one task with labeled data\n"
+          "  and little time per answer, an encoder needs one pass instead of one per token (5).")
 
 
 def main():
-    """Load or train the models, then go through the sections."""
     check_constants(globals())
     torch.set_num_threads(NUM_THREADS)
     device = choose_device(DEVICE)
-    loaders()  # before any work: can the data be made?
+    loaders()  # fails before any work if the data cannot be made
     models = {}
     for name, (_, model_class, file) in ARCHITECTURES.items():
         try:
@@ -618,7 +571,7 @@ def main():
             print(f"{name}: from checkpoints/{file}, d_model {size['d_model']}, "
                   f"{size['num_layers']} layers")
         except InputError as error:
-            print(f"{name}: {error}. Using the small model of section 3 instead")
+            print(f"{name}: {error}. Using the small model trained in section 3 instead")
     print(f"training the three models of section 3, {NUM_STEPS} steps each", flush=True)
     trained, curves, undertrained = train_on_one_budget()
     models = {name: models.get(name, trained[name]) for name in ARCHITECTURES}

@@ -1,8 +1,8 @@
 """
-decoder_only.py - the GPT family: read what came before, predict what comes next
+decoder_only.py - the GPT family: predict the next token from the tokens before it
 
-THE IDEA.  One stream of tokens and one task: predict the next token. Every task that can be written
-as "prompt, then answer" becomes this task (Radford et al. 2019, "Language Models are Unsupervised
+THE IDEA.  Train a model on a single task: predict the next token. Every task that can be written as
+a prompt and its answer becomes this task (Radford et al. 2019, "Language Models are Unsupervised
 Multitask Learners", GPT-2). To generate, append the prediction to the input and predict again.
 
     input     4      0      7    <SEP>   four   zero   seven
@@ -12,11 +12,10 @@ Multitask Learners", GPT-2). To generate, append the prediction to the input and
     [   DecoderLayer: each position attends to itself and  ]  x 2   causal, so that one pass
     [   to the positions before it                         ]        trains all positions
 
-What it learns here: to continue `4 0 7 <SEP>` with `four zero seven <EOS>`. It is not given the
-number of words. It stops by predicting <EOS>.
+What it learns here: to continue `4 0 7 <SEP>` with `four zero seven`, and to stop with <EOS>.
 
-New here: the causal mask, the key/value cache, and generation: which token to choose, and how to
-continue many prompts at once. (tiny_gpt.py has the plain loop, in four lines.)
+New here: the causal mask, the key/value cache, and generation with many prompts at once and several
+ways to choose a token. (tiny_gpt.py has the plain loop, in four lines.)
 
 Run it:     python decoder_only.py        (about 14 seconds on one CPU core)
 Try it:     python decoder_only.py 4 0 7                 (after the run)
@@ -24,11 +23,8 @@ Try it:     python decoder_only.py 4 0 7                 (after the run)
 The last lines should be close to:
 
     Result on 601 held-out sequences
-      next token, given the correct ones before it (teacher forcing)   accuracy    100.0%
-      digits to words, generated until <EOS>                           exact match 100.0%
-
-READING ORDER   causal mask and cache -> known blocks, with new lines -> layer -> choosing a token
-                -> model and `generate` (the heart of this file) -> training -> main
+      next token, with teacher forcing          accuracy    100.0%
+      digits to words, generated until <EOS>    exact match 100.0%
 """
 import copy
 import math
@@ -48,14 +44,11 @@ from toy_dataset import (DIGITS, EOS, IGNORE_INDEX, PAD, VOCABULARY, create_data
                          exact_match, print_attention, print_examples, to_device)
 
 # =====================================================================================
-# LEGEND   B  batch                                 D  d_model: the size of a token's vector
-#          T  number of queries: the new tokens     H  heads
-#          S  number of keys: the new tokens and    K  D / H: the size of a head's vectors
-#             those in the cache                    V  vocabulary size (26)
+# LEGEND   B  batch                              D  d_model: the size of a token's vector
+#          T  queries: the new tokens            H  heads   K  D / H: the size of a head's vectors
+#          S  keys: new and cached tokens        V  vocabulary size (26)
 # =====================================================================================
-
-# =====================================================================================
-# CONSTANTS - change one, run again. After each "Try": the final exact match with SEED 0 to 4.
+# CONSTANTS - change one, run again. Each "Try" gives the final exact match with SEED 0 to 4.
 # =====================================================================================
 # The model
 D_MODEL = 64             # size of a token's vector
@@ -68,9 +61,9 @@ NUM_SAMPLES = 6000       # distinct sequences, training and validation
 MAX_DIGITS = 5           # longest sequence
 # The training
 BATCH_SIZE = 64          # rows per step
-LEARNING_RATE = 3e-3     # at its peak. Try 1e-4: 99.8-100%.
+LEARNING_RATE = 3e-3     # its peak. Try 1e-4: 99.8-100%.
 WARMUP_STEPS = 40        # steps in which the learning rate rises to its peak
-CLIP_NORM = 1.0          # maximum length of the gradient
+CLIP_NORM = 1.0          # maximum norm of the gradient
 NUM_EPOCHS = 8           # passes over the training data, 85 steps each. Try 1: 0.7-100%.
 # The run
 SEED = 0                 # weights, data, and sampling
@@ -79,13 +72,11 @@ NUM_THREADS = 1          # CPU threads
 # =====================================================================================
 
 
-# -------------------------------------------------------------------------------------
-# 1. New here: the causal mask and the cache
-# -------------------------------------------------------------------------------------
+# --- 1. New here: the causal mask and the cache ---------------------------------------
 def causal_mask(queries, keys, device=None):
     """Return (1, 1, queries, keys) booleans: each query may attend to keys up to its own position.
 
-    The last query stands at the last key. With a cache there are more keys than queries:
+    The last query has the position of the last key. With a cache, there are more keys than queries:
 
         3 queries, 3 keys    # . .        2 queries, 5 keys    # # # # .        # True
                              # # .        (3 are cached)       # # # # #        . False
@@ -96,25 +87,23 @@ def causal_mask(queries, keys, device=None):
 
 
 class KeyValueCache:
-    """Keys and values of all tokens so far, for one attention layer, so that each is computed once.
+    """Stores the keys and values of all tokens so far, so that each is computed once.
 
-    Generation calls the model once per token. Under a causal mask, a token's key and value depend
-    only on that token and earlier ones, so they stay the same. With a cache, each step sends only
+    Under a causal mask, later tokens do not change a token's key and value. So each step sends only
     the newest token through the layers. The result is the same up to rounding. The price is memory,
     2 * layers * D numbers per token: 1 KiB here, 512 KiB in LLaMA 7B (32 layers, D = 4096, 16
-    bits). It is allocated at once, because growing it with torch.cat would copy everything in every
-    step.
+    bits). It is allocated at once, because torch.cat would copy everything in every step.
     """
 
     def __init__(self, batch_size, attention, max_len):
-        weight = attention.w_k.weight  # the cache has the weights' device and precision
+        weight = attention.w_k.weight  # for its device and precision
         shape = (batch_size, attention.num_heads, max_len, attention.head_dim)
         self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.empty_like(self.keys)
         self.length = 0
 
     def append(self, keys, values):
-        """Append (B, H, T, K) each. Returns all keys and values so far, (B, H, length, K) each."""
+        """Append keys and values (B, H, T, K). Returns all so far, (B, H, length, K) each."""
         end = self.length + keys.size(2)
         self.keys[:, :, self.length:end] = keys
         self.values[:, :, self.length:end] = values
@@ -122,23 +111,18 @@ class KeyValueCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-# -------------------------------------------------------------------------------------
-# 2. Building blocks
-# -------------------------------------------------------------------------------------
+# --- 2. Building blocks ---------------------------------------------------------------
 # KNOWN from encoder_only.py, except for what is marked NEW: positions in PositionalEncoding, and
-# the cache in MultiHeadAttention. Look at these, then continue reading at `DecoderLayer`.
+# the cache in MultiHeadAttention. Read these, then continue reading at `DecoderLayer`.
 class PositionalEncoding(nn.Module):
-    """Adds a fixed pattern to each token's vector that encodes its position.
+    """Adds a fixed vector to each token's vector that encodes its position.
 
-    Without it, an encoder cannot tell `4 0 7` from `7 0 4`: attention compares vectors, wherever
-    they stand. Dimensions 2i and 2i+1 are a clock hand that turns with the position `pos`. The
-    first pair (i = 0) turns fast, the last pair slowly:
+    Without positions, an encoder cannot tell `4 0 7` from `7 0 4`, because attention ignores order.
+    Each pair of dimensions rotates from one position `pos` to the next, fast in the first pair
+    (i = 0) and slowly in the last. So one matrix maps any position's vector to that of the next.
 
         PE[pos, 2i]   = sin(pos / 10000^(2i/D))
-        PE[pos, 2i+1] = cos(pos / 10000^(2i/D))
-
-    Vaswani et al. 2017, section 3.5. From one position to the next, each hand turns by a fixed
-    angle. So a single matrix maps the pattern of any position to that of its neighbor.
+        PE[pos, 2i+1] = cos(pos / 10000^(2i/D))            Vaswani et al. 2017, section 3.5
     """
 
     def __init__(self, d_model, max_len):
@@ -148,8 +132,7 @@ class PositionalEncoding(nn.Module):
         table = torch.zeros(max_len, d_model)
         table[:, 0::2] = torch.sin(position * frequency)  # (max_len, D/2)
         table[:, 1::2] = torch.cos(position * frequency)
-        # A buffer moves to the GPU with the model but is not trained. Nor is it saved, because the
-        # formula recreates it.
+        # A buffer moves to the GPU with the model. It is not trained, and here it is not saved.
         self.register_buffer("table", table, persistent=False)
 
     def forward(self, x, positions=None):  # NEW in decoder_only.py: positions
@@ -162,41 +145,37 @@ class PositionalEncoding(nn.Module):
 
 
 def attention(queries, keys, values, mask=None, dropout=0.0):
-    """Return softmax(Q K^T / sqrt(K)) V and the attention weights.
+    """Return softmax(Q K^T / sqrt(K)) V and the weights (Vaswani et al. 2017, section 3.2).
 
     queries (B, H, T, K), keys and values (B, H, S, K); mask broadcasts to (B, H, T, S), True = may
-    attend. Returns (B, H, T, K) and the weights (B, H, T, S). Vaswani et al. 2017, section 3.2.
-
-    Each query is compared with each key, and the softmax turns a row of scores into weights that
-    sum to 1. The result is the weighted average of the values. One query and three keys:
+    attend. Each query is compared with each key, and the softmax turns a row of scores into weights
+    that sum to 1. The result is the weighted average of the values. With one query and three keys:
 
         scores  2.0  0.0  2.0    ->   weights  0.47  0.06  0.47
         with the third key masked:    weights  0.88  0.12  0.00
 
-    Why divide by sqrt(K): q.k is a sum of K products. If the entries are independent with mean 0
+    Why divide by sqrt(K)? q.k is a sum of K products. If the entries are independent with mean 0
     and variance 1, the sum has variance K. The softmax of such large scores is almost one-hot, and
-    its gradient is almost zero. attention_by_hand.py shows it in numbers.
+    its gradient is almost zero (attention_by_hand.py, stage 4).
     """
     scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.size(-1))  # (B, H, T, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     weights = torch.softmax(scores, dim=-1)
     if mask is not None:
-        # subtle: a query that may attend to nothing has only -inf, and its softmax is 0/0 = NaN.
-        # It gets zeros instead. (decoder_only.py pads on the left, where this happens.)
+        # subtle: if a query may attend to nothing, its softmax is 0/0 = NaN. Use weights of 0.
+        # (This happens with the left padding of decoder_only.py.)
         weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return F.dropout(weights, dropout) @ values, weights  # (B, H, T, K), (B, H, T, S)
 
 
 class MultiHeadAttention(nn.Module):
-    """Attention in H heads side by side, each on its own slice of K = D / H dimensions.
+    """Attention in H heads in parallel, each with its own K = D / H dimensions.
 
-    Queries come from x, keys and values from memory: a query describes what a position looks for, a
-    key what a position offers, a value the content that it passes on. All three are learned
-    projections. In self-attention, x and memory are the same.
-
-    One softmax can point to one place well; H heads can point to H places, with as many weights and
-    multiplications as one head of full width.
+    Queries are computed from x, keys and values from memory. A query describes what a position
+    looks for, a key what a position offers, and a value the content that it passes on. In
+    self-attention, x and memory are the same. H heads give each query H sets of weights, with as
+    many parameters and multiplications as one head of full width.
     """
 
     def __init__(self, d_model, num_heads, dropout=0.0):
@@ -208,12 +187,12 @@ class MultiHeadAttention(nn.Module):
         self.w_k = nn.Linear(d_model, d_model)
         self.w_v = nn.Linear(d_model, d_model)
         self.w_o = nn.Linear(d_model, d_model)
-        self.formula = attention  # train_all.py can put PyTorch's fused kernel in its place
+        self.formula = attention  # train_all.py can replace it with PyTorch's fused kernel
 
     def split_heads(self, x):
-        """(B, S, D) -> (B, H, S, K): cut the D dimensions of each token into H slices."""
-        # subtle: view as (B, S, H, K) first, then transpose. view(B, H, S, K) has the right shape
-        # too, but it mixes the dimensions of different tokens.
+        """(B, S, D) -> (B, H, S, K): split the D dimensions of each token into H heads."""
+        # subtle: view as (B, S, H, K) first, then transpose. view(B, H, S, K) has the same shape,
+        # but it mixes the dimensions of different tokens.
         return x.view(x.size(0), x.size(1), self.num_heads, self.head_dim).transpose(1, 2)
 
     def merge_heads(self, x):
@@ -241,12 +220,10 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a nonlinearity between them, applied to each position separately.
+    """Two linear layers, applied to each position separately (Vaswani et al. 2017, section 3.3).
 
-        feed_forward(x) = narrow(GELU(widen(x)))               Vaswani et al. 2017, section 3.3
-
-    Without the nonlinearity, the two matrices would collapse into a single one. GELU (Hendrycks and
-    Gimpel 2016) is a smooth ReLU. BERT and GPT-2 use it; the 2017 paper and T5 use ReLU.
+    Without the nonlinearity, the two layers would be equivalent to one. GELU (Hendrycks and Gimpel
+    2016) is a smooth variant of ReLU. BERT and GPT-2 use it; the 2017 paper and T5 use ReLU.
     """
 
     def __init__(self, d_model, d_ff, dropout=0.0):
@@ -263,11 +240,8 @@ class FeedForward(nn.Module):
 class DecoderLayer(nn.Module):
     """One GPT layer: causal self-attention, then a feed-forward network, each added to its input.
 
-        x = x + attention(norm(x))          under a causal mask
-        x = x + feed_forward(norm(x))
-
-    As a function it is the EncoderLayer of encoder_only.py; only the mask and the cache are new.
-    Pre-norm as in Radford et al. 2019, section 2.3.
+    Only the causal mask and the cache differ from EncoderLayer in encoder_only.py. It is pre-norm,
+    as in Radford et al. 2019, section 2.3.
     """
 
     def __init__(self, d_model, num_heads, d_ff, dropout=0.0):
@@ -290,23 +264,20 @@ class DecoderLayer(nn.Module):
         return x, weights
 
 
-# -------------------------------------------------------------------------------------
-# 3. Choosing a token
-# -------------------------------------------------------------------------------------
+# --- 3. Choosing a token --------------------------------------------------------------
 def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
-    """Return logits (B, V) in which every token that must not be sampled is -inf.
+    """Return logits (B, V) in which every excluded token has -inf.
 
     temperature  divides the logits: below 1 it sharpens the distribution, above 1 it flattens it
     top_k        keeps the k most likely tokens (Fan et al. 2018, section 5)
     top_p        keeps the smallest set of most likely tokens whose probabilities sum to at least p
-                 (Holtzman et al. 2020, section 3.1): a large set where the model is uncertain, a
-                 small one where it is certain
+                 (Holtzman et al. 2020, section 3.1): a large set where the model is uncertain
 
-    Probabilities 0.5 0.3 0.15 0.05:  top_k=2 keeps 0.5 0.3;  top_p=0.7 keeps 0.5 0.3, because the
-    token that crosses p stays;  top_p=0.5 keeps 0.5.
+    With probabilities 0.5, 0.3, 0.15, and 0.05, top_k=2 keeps two tokens. top_p=0.7 also keeps two,
+    because the token that crosses p stays. top_p=0.5 keeps one.
     """
     check_filters(temperature, top_k, top_p)
-    # The softmax ignores a shift. With the largest logit at 0, dividing cannot give inf - inf.
+    # A shift does not change the softmax. With the largest logit at 0, it never has inf - inf.
     logits = (logits - logits.max(-1, keepdim=True).values) / temperature
     if top_k is not None:
         # Select by index: `logits < k-th largest` would keep more than k tokens if some are tied.
@@ -316,8 +287,7 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(-1, descending=True)  # (B, V) each
         probabilities = torch.softmax(ordered, -1)
-        # subtle: a token stays if the tokens *before* it have not reached p. So the most likely
-        # token always stays.
+        # subtle: a token stays if those *before* it sum to less than p. So the first always stays.
         before = probabilities.cumsum(-1) - probabilities
         keep = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before < top_p)
         logits = logits.masked_fill(~keep, -math.inf)
@@ -326,15 +296,14 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
 
 def choose_next_token(logits, written, temperature=0.0, top_k=None, top_p=None,
                       repetition_penalty=1.0, generator=None):
-    """Logits of the next token (B, V) and the ids generated so far (B, n) -> the next ids (B,)
+    """Return the next ids (B,), given their logits (B, V) and the ids generated so far (B, n).
 
-    temperature 0 is greedy: it takes the most likely token. A repetition_penalty above 1 makes
+    Temperature 0 is greedy: it takes the most likely token. A repetition_penalty above 1 makes
     tokens that were already generated less likely (Keskar et al. 2019, CTRL, section 4.1).
     """
     if repetition_penalty != 1.0 and written.size(1) > 0:
         scores = logits.gather(1, written)  # (B, n)
-        # subtle: divide positive logits and multiply negative ones, so that both become smaller.
-        # The paper always divides, which would raise a negative logit and reward repetition.
+        # subtle: multiply negative logits. The paper divides them too, which rewards repetition.
         scores = torch.where(scores > 0, scores / repetition_penalty, scores * repetition_penalty)
         logits = logits.scatter(1, written, scores)  # (B, V)
     if temperature == 0:
@@ -344,18 +313,16 @@ def choose_next_token(logits, written, temperature=0.0, top_k=None, top_p=None,
 
 
 def cut_after(ids, stop_at):
-    """Return the list `ids` up to the first `stop_at`, inclusive, or all of it."""
+    """Return the list `ids` up to and including the first `stop_at`, or all of it without one."""
     return ids[:ids.index(stop_at) + 1] if stop_at in ids else ids
 
 
-# -------------------------------------------------------------------------------------
-# 4. The model
-# -------------------------------------------------------------------------------------
+# --- 4. The model ---------------------------------------------------------------------
 class DecoderOnlyTransformer(nn.Module):
-    """Embedding, causal layers, and a prediction of the next token at every position.
+    """A causal transformer that predicts the next token at every position.
 
-    Differs from Radford et al. 2019 (GPT-2): sinusoidal positions instead of learned ones, the
-    embedding scaled by sqrt(D), exact GELU instead of its tanh approximation, and PyTorch's default
+    Differs from GPT-2 (Radford et al. 2019): sinusoidal positions instead of learned ones; the
+    embedding is scaled by sqrt(D); exact GELU instead of its tanh approximation; PyTorch's default
     initialization of the linear layers.
     """
 
@@ -372,20 +339,20 @@ class DecoderOnlyTransformer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(DecoderLayer(d_model, num_heads, d_ff, dropout)
                                     for _ in range(num_layers))
-        self.final_norm = nn.LayerNorm(d_model)  # the last `x +` is not normalized yet
+        self.final_norm = nn.LayerNorm(d_model)  # nothing has normalized the last `x +` yet
         self.output = nn.Linear(d_model, vocab_size, bias=False)
         # Tied weights, small for the output and scaled for the input, as in encoder_only.py.
-        # (Without the factor, 8 epochs end at 4 to 13% exact match, SEED 0-2.) A logit sums D
-        # products of a normalized vector with these weights, so its standard deviation is
-        # sqrt(64) * 0.02 = 0.16, and the first loss is close to ln V = 3.26. With nn.Embedding's
-        # default of 1.0, the first loss is close to 60: each token's own logit is by far the
-        # largest, so the untrained model predicts that the current token repeats.
+        # (Without the factor, 8 epochs end at 4-13% exact match, SEED 0-2.) A logit sums D products
+        # of a normalized vector with these weights, so its standard deviation is sqrt(64) * 0.02 =
+        # 0.16, and the first loss is close to ln V = 3.26. With nn.Embedding's default of 1.0, the
+        # first loss is close to 60: each token's own logit is by far the largest, so the untrained
+        # model predicts that the current token repeats.
         self.output.weight = self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.embedding_scale = math.sqrt(d_model)
 
     def positions_of(self, tokens):
-        """tokens (B, T) -> positions (B, T). Each row counts from its first real token.
+        """tokens (B, T) -> positions (B, T), counted from the first real token of each row.
 
         Padding before it gets position 0, which is harmless because nothing attends to it.
         """
@@ -396,8 +363,8 @@ class DecoderOnlyTransformer(nn.Module):
         """tokens (B, T) -> (B, T, D) and a list of each layer's attention weights (B, H, T, S)
 
         mask       (B, 1, 1, S), True = real token; None if no real token could attend to padding
-        positions  (B, T); None for those of `positions_of`, after what is in the caches
-        caches     one KeyValueCache per layer; `tokens` are then only the new ones
+        positions  (B, T); None continues after the cached tokens, with `positions_of`
+        caches     one KeyValueCache per layer; `tokens` then has only the new tokens
         """
         past = caches[0].length if caches else 0
         new = tokens.size(1)
@@ -417,8 +384,8 @@ class DecoderOnlyTransformer(nn.Module):
     def forward(self, tokens, mask=None):
         """tokens (B, T) -> logits (B, T, V); the logits at position t predict token t + 1
 
-        subtle: rows padded on the *right* need no padding mask. The padding comes after every real
-        token, so the causal mask hides it already.
+        subtle: rows padded on the *right* need no padding mask. The padding comes after all real
+        tokens, so the causal mask already hides it.
         """
         return self.output(self.decode(tokens, mask)[0])  # (B, T, V)
 
@@ -427,19 +394,15 @@ class DecoderOnlyTransformer(nn.Module):
                  repetition_penalty=1.0, use_cache=True, stop_at=EOS, generator=None):
         """Continue each prompt (a list of ids) by at most `max_new_tokens`. Returns the new ids.
 
-        `choose_next_token` explains the options. A row ends with its first `stop_at`; None never
-        stops early.
-
-        Prompts of different lengths are padded on the *left*, so that all rows continue in the same
-        column, and each row counts its positions from its first real token:
+        See `choose_next_token` for the options. Each row ends with its first `stop_at`, if any.
+        Prompts are padded on the *left*, so that all rows continue in the same column, and not
+        after their own padding. Positions are counted from the first real token of each row:
 
             column       0     1     2     3      4      5      6
             tokens     <PAD> <PAD>   9   <SEP>  nine   <EOS>    ?         generated from column 4 on
                          4     0     7   <SEP>  four   zero   seven
             positions    0     0     0     1      2      3      4
                          0     1     2     3      4      5      6
-
-        With padding on the right, the first row would have to continue after its own padding.
         """
         check_arguments(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
                         top_p=top_p, repetition_penalty=repetition_penalty)
@@ -459,22 +422,21 @@ class DecoderOnlyTransformer(nn.Module):
         if use_cache:
             caches = [layer.self_attention.new_cache(len(prompts), total) for layer in self.layers]
         finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # (B,)
-
         with evaluation_mode(self):
             for end in range(longest, total):
-                # First the whole prompt. Then, with a cache, only the newest token.
+                # The first step reads the whole prompt. With a cache, the others read one token.
                 start = end - 1 if use_cache and end > longest else 0
                 hidden, _ = self.decode(tokens[:, start:end],
                                         None if mask is None else mask[..., :end],
                                         positions[:, start:end], caches)  # (B, end - start, D)
-                logits = self.output(hidden[:, -1])  # (B, V); only the last position is new
+                logits = self.output(hidden[:, -1])  # (B, V); only the last position is needed
                 tokens[:, end] = choose_next_token(logits, tokens[:, longest:end], temperature,
                                                    top_k, top_p, repetition_penalty, generator)
                 if stop_at is not None:
                     finished |= tokens[:, end] == stop_at
                     if finished.all():
                         break
-        # A finished row keeps generating while it waits for the others. Cut that off.
+        # Finished rows keep generating until all rows are finished. Cut the extra tokens off.
         return [cut_after(row, stop_at) for row in tokens[:, longest:end + 1].tolist()]
 
     def save(self, path):
@@ -488,10 +450,10 @@ class DecoderOnlyTransformer(nn.Module):
 
 
 def translate(model, sequences, **options):
-    """Lists of digits -> lists of words, by continuing `4 0 7 <SEP>`. options: see `generate`.
+    """Translate lists of digits into lists of words by continuing `4 0 7 <SEP>`.
 
-    The limit has room for the longest answer, <EOS>, and one extra token. A row that does not stop
-    in time is then too long, and counts as wrong.
+    options: see `generate`. The limit is one token beyond <EOS>, so an answer that does not stop is
+    too long and counts as wrong.
     """
     check_sequences(sequences)
     prompts = [VOCABULARY.encode([*digits, "<SEP>"]) for digits in sequences]
@@ -499,18 +461,15 @@ def translate(model, sequences, **options):
     return [VOCABULARY.decode(ids[:-1] if ids[-1] == EOS else ids) for ids in written]
 
 
-# -------------------------------------------------------------------------------------
-# 5. Training
-# -------------------------------------------------------------------------------------
+# --- 5. Training ----------------------------------------------------------------------
 def predict(model, batch):
     """Run the model on one batch. Returns logits (B, T, V) and labels (B, T).
 
         pair           4   0   7   <SEP>   four   zero    seven
         pair_labels    .   .   .   four    zero   seven   <EOS>      . = IGNORE_INDEX
 
-    Under the causal mask, one pass trains all columns: each predicts its label from the tokens up
-    to this column. `collate_fn` has already shifted the labels by one position; do not shift them
-    again here.
+    One pass trains all columns, because of the causal mask. `collate_fn` has already shifted the
+    labels by one position. Do not shift them again here.
     """
     return model(batch["pair"]), batch["pair_labels"]  # (B, T, V), (B, T)
 
@@ -519,10 +478,9 @@ def predict(model, batch):
 def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
     """Return the factor for the learning rate in `step`: linear warmup, then cosine decay.
 
-    It is 1 / warmup_steps in step 0, 1 in step warmup_steps - 1, and final_factor in the last step
-    and after it. Warmup (Vaswani et al. 2017, section 5.3): in the first steps, Adam's averages
-    rest on few gradients, so its steps should be small (Liu et al. 2020, RAdam). Decay (Loshchilov
-    and Hutter 2017): smaller steps let the model settle closer to a minimum.
+    Warmup (Vaswani et al. 2017, section 5.3) keeps the first steps small, in which Adam's averages
+    are based on few gradients (Liu et al. 2020, RAdam). Decay (Loshchilov and Hutter 2017) lets the
+    model get closer to a minimum.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps  # never 0, which would waste the first step
@@ -532,8 +490,7 @@ def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
 
 def create_optimizer(model, learning_rate, total_steps, warmup_steps, weight_decay=0.01):
     """Return (AdamW, scheduler) for `total_steps` steps. Call scheduler.step() after each step."""
-    # fused: one kernel for all parameters. Older versions of PyTorch lack it for Apple's MPS.
-    fused = next(model.parameters()).device.type != "mps"
+    fused = next(model.parameters()).device.type != "mps"  # one kernel; older MPS builds lack it
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay,
                                   fused=fused)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -542,10 +499,7 @@ def create_optimizer(model, learning_rate, total_steps, warmup_steps, weight_dec
 
 
 def cross_entropy(logits, labels):
-    """Return the mean cross-entropy: -log(probability of the label), in nats, over all labels.
-
-    logits (B, T, V), labels (B, T). A uniform guess among V tokens costs ln V = 3.26 nats.
-    """
+    """Return the mean of -log(probability of the label) in nats. A uniform guess: ln 26 = 3.26."""
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
 
 
@@ -555,16 +509,16 @@ def compute_loss(model, batch):
 
 
 def train_epoch(model, loader, optimizer, scheduler, clip_norm, loss_function=compute_loss):
-    """Train on each batch of `loader` once. Returns the mean of the losses on the way."""
+    """Train for one epoch on `loader`. Returns the mean loss of its batches."""
     model.train()
     device = next(model.parameters()).device
     total = 0.0
     for batch in tqdm(loader, ascii=True, leave=False, disable=None):  # no bar without a terminal
         loss = loss_function(model, to_device(batch, device))
         check_finite(loss.item(), scheduler.last_epoch)
-        optimizer.zero_grad()  # backward() adds to the gradients of the step before
+        optimizer.zero_grad()  # otherwise backward() adds to the gradients of the previous step
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # limit its length, not direction
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # keeps the direction
         optimizer.step()
         scheduler.step()
         total += loss.item()
@@ -576,10 +530,8 @@ def evaluate(model, loader):
     """Evaluate the model on `loader`. Returns a dict with:
 
     loss         mean cross-entropy over the labels
-    accuracy     fraction of labels that are the most likely token; for the two decoders, given the
-                 correct tokens before it
-    exact_match  fraction of sequences that `translate` gets correct from the first token to the
-                 last. Trust this number: one wrong token makes the sequence wrong
+    accuracy     fraction of labels that are the most likely token (decoders: after correct tokens)
+    exact_match  fraction of sequences that `translate` gets entirely correct
     examples     (digits, expected words, written words) of each sequence, mistakes first
     """
     model.eval()
@@ -588,8 +540,7 @@ def evaluate(model, loader):
     for batch in loader:
         logits, labels = predict(model, to_device(batch, device))
         counts = labels != IGNORE_INDEX  # (B, T)
-        # subtle: sum over labels and divide once. A mean of the batches' means would give the
-        # labels of a small last batch more weight.
+        # subtle: sum and divide once. A mean of means gives a small last batch too much weight.
         loss_sum += F.cross_entropy(logits[counts], labels[counts], reduction="sum").item()
         num_correct += (logits.argmax(-1) == labels)[counts].sum().item()
         num_labels += counts.sum().item()
@@ -600,15 +551,13 @@ def evaluate(model, loader):
             "exact_match": num_exact / len(examples), "examples": examples}
 
 
-# -------------------------------------------------------------------------------------
-# 6. Looking inside
-# -------------------------------------------------------------------------------------
+# --- 6. Looking inside ----------------------------------------------------------------
 @torch.inference_mode()
 def most_uncertain(model, loader):
     """Return the prefix in `loader` after which the next token has the highest entropy.
 
-    Entropy is a measure of uncertainty, in nats: 0 if one token has probability 1, and ln V = 3.26
-    if all tokens are equally likely. Only positions with a label count.
+    Entropy measures uncertainty in nats: 0 if one token has probability 1, and ln V = 3.26 if all
+    tokens are equally likely. Positions without a label are ignored.
     """
     model.eval()
     highest, prefix = -1.0, None
@@ -628,8 +577,8 @@ def most_uncertain(model, loader):
 def show_filters(model, prefix):
     """Print the distribution of the token after `prefix`, before and after each filter.
 
-    Watch the last column: temperature keeps every token possible, top_k keeps k tokens, and the
-    number that top_p keeps depends on the distribution. The flatter it is, the more tokens stay.
+    The last column shows how many tokens are left: temperature keeps all, top_k keeps k, and top_p
+    keeps more the flatter the distribution is.
     """
     model.eval()
     tokens = torch.tensor([VOCABULARY.encode(prefix)], device=model.embedding.weight.device)
@@ -651,11 +600,11 @@ def show_filters(model, prefix):
 
 
 def show_strategies(translate, model, digits, words, strategies, seed=0):
-    """Print exact match, diversity, and time of each strategy: {name: options of `translate`}.
+    """Print the exact match, diversity, and time of each strategy: {name: options of `translate`}.
 
     Diversity is the number of distinct answers in 20 tries, averaged over ten sequences. This task
-    has one correct answer, so every other answer is wrong. In open-ended text, greedy generation
-    tends to repeat itself, and diversity is wanted (Holtzman et al. 2020).
+    has one correct answer, so diversity means mistakes. In open-ended text, greedy generation tends
+    to repeat itself, and diversity is wanted (Holtzman et al. 2020).
     """
     some = digits[::max(1, len(digits) // 10)][:10]
     print(f"  {'':34s}{'exact match':>12s}{'distinct of 20':>16s}{'ms per sequence':>17s}")
@@ -674,10 +623,7 @@ def show_strategies(translate, model, digits, words, strategies, seed=0):
 
 
 def show_repetition_penalty(model, digits, words):
-    """Print the exact match under a repetition penalty, with and without repeated digits.
-
-    The penalty cannot tell a mistake from an answer that has to repeat itself.
-    """
+    """Print the exact match under repetition penalties, which also suppress correct repetition."""
     repeats = [len(set(row)) < len(row) for row in digits]
     print(f"  {'':34s}{'all digits differ':>18s}{'a digit repeats':>18s}")
     for penalty in (1.0, 1.5, 3.0, 6.0):
@@ -691,13 +637,13 @@ def show_repetition_penalty(model, digits, words):
 
 
 def time_generation(model, lengths, rounds=3):
-    """Return {True: seconds with cache, False: without}, each a list with one median per length."""
+    """Return {True: seconds with cache, False: without}, lists with the median of each length."""
     prompt = [VOCABULARY.encode("7 <SEP>")]
     model.generate(prompt, 8)  # warm up
     medians = {True: [], False: []}
     for length in lengths:
         seconds = {True: [], False: []}
-        for use_cache in (True, False) * rounds:  # in turn: a slow moment slows both
+        for use_cache in (True, False) * rounds:  # in turn, so that a slow moment slows both
             start = time.perf_counter()
             model.generate(prompt, length, use_cache=use_cache, stop_at=None)
             seconds[use_cache].append(time.perf_counter() - start)
@@ -709,8 +655,8 @@ def time_generation(model, lengths, rounds=3):
 def show_cache(model, lengths=(32, 64, 128, 256)):
     """Print the time of generation with and without the cache.
 
-    With the cache, the time grows almost in proportion to the length. Without it, each token costs
-    a pass over all tokens before it, so the speedup grows with the length.
+    With the cache, the time grows almost linearly with the length. Without it, each token needs a
+    pass over all previous tokens, so the speedup grows with the length.
     """
     seconds = time_generation(model, lengths)
     print("  tokens    with cache   without    speedup")
@@ -720,28 +666,21 @@ def show_cache(model, lengths=(32, 64, 128, 256)):
 
 @torch.inference_mode()
 def show_attention(model, digits):
-    """Print what the model attends to when it predicts each word.
-
-    It shows the layer and head with the best pattern: the query that predicts word i gives most
-    weight to digit i. Attention weights show where a layer looked, not why (Jain and Wallace 2019).
-    """
+    """Print the attention of the head in which the query for word i attends most to digit i."""
     model.eval()
     n, prompt = len(digits), VOCABULARY.encode([*digits, "<SEP>"])
     written = model.generate([prompt], n + 2)[0]
     tokens = torch.tensor([prompt + written[:-1]], device=model.embedding.weight.device)  # (1, T)
     weights = torch.stack(model.decode(tokens)[1])[:, 0]  # (layers, H, T, T)
-    # The token at <SEP> predicts word 0, which stands for digit 0, and so on.
+    # The output at <SEP> predicts word 0, which corresponds to digit 0, and so on.
     own = weights[:, :, n:2 * n, :n].diagonal(dim1=-2, dim2=-1).mean(-1)  # (layers, H)
     layer, head = divmod(own.argmax().item(), own.size(1))
-    print(f"  layer {layer}, head {head}; rows are queries, named by the token that they predict; "
-          "columns are keys:")
+    print(f"  layer {layer}, head {head}; rows are queries (-> the token predicted), columns keys:")
     print_attention(weights[layer, head, n:], [f"-> {word}" for word in VOCABULARY.decode(written)],
                     VOCABULARY.decode(tokens[0]))
 
 
-# -------------------------------------------------------------------------------------
-# 7. The run
-# -------------------------------------------------------------------------------------
+# --- 7. The run -----------------------------------------------------------------------
 def main():
     check_constants(globals())
     torch.manual_seed(SEED)
@@ -752,9 +691,8 @@ def main():
                                    DROPOUT).to(device)
     print(f"decoder-only: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{len(train_loader.dataset)} training and {len(val_loader.dataset)} held-out sequences")
-    print(f"loss before the first step: {evaluate(model, val_loader)['loss']:.3f}; a uniform guess "
-          f"among {len(VOCABULARY)} tokens costs ln {len(VOCABULARY)} = "
-          f"{math.log(len(VOCABULARY)):.3f}")
+    print(f"loss before step 1: {evaluate(model, val_loader)['loss']:.3f}; a uniform guess among "
+          f"{len(VOCABULARY)} tokens costs ln {len(VOCABULARY)} = {math.log(len(VOCABULARY)):.3f}")
 
     print("\n1. Training: predict the next token; only the answer counts")
     optimizer, scheduler = create_optimizer(model, LEARNING_RATE, NUM_EPOCHS * len(train_loader),
@@ -765,14 +703,13 @@ def main():
         print(f"  epoch {epoch:2d}   train loss {train_loss:.4f}   "
               f"validation loss {result['loss']:.4f}   exact match {result['exact_match']:6.1%}")
         if epoch == 1:
-            undertrained = copy.deepcopy(model)  # still uncertain: there is something to choose
+            undertrained = copy.deepcopy(model)  # still uncertain, so the choice of tokens matters
     save_model(model, CHECKPOINTS / "decoder_only.pt")
 
-    print("\n2. What each filter leaves of a distribution (the model after epoch 1, at its least "
-          "certain position)")
+    print("\n2. What each filter leaves of a distribution (after epoch 1, most uncertain position)")
     show_filters(undertrained, most_uncertain(undertrained, val_loader))
 
-    print("\n3. What the strategies generate with it: accuracy and diversity")
+    print("\n3. The strategies, with the same model: exact match and diversity")
     digits = [digits for digits, _, _ in result["examples"][::3]]
     words = [words for _, words, _ in result["examples"][::3]]
     show_strategies(translate, undertrained, digits, words,
@@ -791,14 +728,12 @@ def main():
     print_examples(result["examples"])
 
     print(f"\nResult on {len(result['examples'])} held-out sequences")
-    print("  next token, given the correct ones before it (teacher forcing)   accuracy    "
-          f"{result['accuracy']:6.1%}")
-    print("  digits to words, generated until <EOS>                           exact match "
-          f"{result['exact_match']:6.1%}")
+    print(f"  next token, with teacher forcing          accuracy    {result['accuracy']:6.1%}")
+    print(f"  digits to words, generated until <EOS>    exact match {result['exact_match']:6.1%}")
 
 
 def answer(tokens):
-    """Translate `tokens`, typed after the script's name, with the saved model."""
+    """Translate `tokens` from the command line with the saved model."""
     check_known(tokens, DIGITS, "python decoder_only.py 4 0 7")
     model = DecoderOnlyTransformer.load(CHECKPOINTS / "decoder_only.pt", choose_device(DEVICE))
     print(f"{' '.join(tokens)}  ->  {' '.join(translate(model, [tokens])[0])}")

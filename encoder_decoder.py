@@ -1,9 +1,9 @@
 """
-encoder_decoder.py - the T5 family: read everything, then write, attending to what was read
+encoder_decoder.py - the T5 family: read the whole source, then write the target
 
-THE IDEA.  Two stacks. The encoder reads the whole source in both directions, like BERT. The decoder
-writes the target from left to right, like GPT. In every layer, the decoder also attends to the
-encoder's output: this is cross-attention, the one new idea here (Vaswani et al. 2017, "Attention Is
+THE IDEA.  The model has two stacks. The encoder reads the whole source in both directions, like
+BERT. The decoder writes the target from left to right, like GPT. In every layer, the decoder also
+attends to the encoder's output, which is called cross-attention (Vaswani et al. 2017, "Attention Is
 All You Need"; Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified
 Text-to-Text Transformer", T5).
 
@@ -18,10 +18,8 @@ Text-to-Text Transformer", T5).
                                         |     |     |     |
                                       four  zero seven <EOS>          predictions
 
-What it learns here: to read `4 0 7` and write `four zero seven <EOS>`. Source and target have their
-own positions: word 2 and digit 2 have the same one.
-
-New here: cross-attention, and beam search.
+What it learns here: to read `4 0 7` and write `four zero seven <EOS>`. New here: cross-attention
+and beam search. Source and target each count their positions from 0.
 
 Run it:     python encoder_decoder.py        (about 13 seconds on one CPU core)
 Try it:     python encoder_decoder.py 4 0 7              (after the run)
@@ -29,12 +27,9 @@ Try it:     python encoder_decoder.py 4 0 7              (after the run)
 The last lines should be close to:
 
     Result on 601 held-out sequences
-      next word, given the correct ones before it (teacher forcing)   accuracy    100.0%
-      digits to words, generated until <EOS>, greedy                  exact match 100.0%
-      the same with beam search, width 3                              exact match 100.0%
-
-READING ORDER   known blocks -> decoder layer (new: cross-attention) -> model and `generate`
-                -> `beam_search` (the heart of this file) -> training -> main
+      next word, with teacher forcing          accuracy    100.0%
+      digits to words, greedy, until <EOS>     exact match 100.0%
+      the same with beam search, width 3       exact match 100.0%
 """
 import copy
 import math
@@ -55,19 +50,15 @@ from toy_dataset import (DIGITS, EOS, IGNORE_INDEX, PAD, SOS, VOCABULARY, create
 
 # =====================================================================================
 # LEGEND   B  batch                              D  d_model: the size of a token's vector
-#          S  source length, or in general       H  heads
-#             the number of keys                 K  D / H: the size of a head's vectors
-#          T  target length, or in general       V  vocabulary size (26)
-#             the number of queries              W  beam width
+#          S  source length, or keys             H  heads   K  D / H: the size of a head's vectors
+#          T  target length, or queries          V  vocabulary size (26)   W  beam width
 # =====================================================================================
-
-# =====================================================================================
-# CONSTANTS - change one, run again. After each "Try": the final exact match with SEED 0 to 4.
+# CONSTANTS - change one, run again. Each "Try" gives the final exact match with SEED 0 to 4.
 # =====================================================================================
 # The model
 D_MODEL = 64             # size of a token's vector
 NUM_HEADS = 4            # must divide D_MODEL
-NUM_LAYERS = 2           # in the encoder, and as many in the decoder. Try 1: 100%.
+NUM_LAYERS = 2           # in the encoder and also in the decoder. Try 1: 100%.
 D_FF = 256               # hidden size of the feed-forward network
 DROPOUT = 0.0            # fraction of activations set to 0 in training.
 # The task
@@ -75,9 +66,9 @@ NUM_SAMPLES = 6000       # distinct sequences, training and validation
 MAX_DIGITS = 5           # longest sequence
 # The training
 BATCH_SIZE = 64          # rows per step
-LEARNING_RATE = 3e-3     # at its peak. Try 3e-2: 0-6.8%.
+LEARNING_RATE = 3e-3     # its peak. Try 3e-2: 0-6.8%.
 WARMUP_STEPS = 40        # steps in which the learning rate rises to its peak
-CLIP_NORM = 1.0          # maximum length of the gradient
+CLIP_NORM = 1.0          # maximum norm of the gradient
 NUM_EPOCHS = 6           # passes over the training data, 85 steps each. Try 1: 99.8-100%.
 # Generation
 BEAM_WIDTH = 3           # unfinished hypotheses that beam search keeps; 1 is greedy
@@ -89,15 +80,13 @@ NUM_THREADS = 1          # CPU threads
 # =====================================================================================
 
 
-# -------------------------------------------------------------------------------------
-# 1. Building blocks
-# -------------------------------------------------------------------------------------
+# --- 1. Building blocks ---------------------------------------------------------------
 # KNOWN from decoder_only.py, except for what is marked NEW in this file: KeyValueCache.reorder.
-# Look at it, then continue reading at `EncoderLayer`.
+# Read it, then continue reading at `EncoderLayer`.
 def causal_mask(queries, keys, device=None):
     """Return (1, 1, queries, keys) booleans: each query may attend to keys up to its own position.
 
-    The last query stands at the last key. With a cache there are more keys than queries:
+    The last query has the position of the last key. With a cache, there are more keys than queries:
 
         3 queries, 3 keys    # . .        2 queries, 5 keys    # # # # .        # True
                              # # .        (3 are cached)       # # # # #        . False
@@ -108,25 +97,23 @@ def causal_mask(queries, keys, device=None):
 
 
 class KeyValueCache:
-    """Keys and values of all tokens so far, for one attention layer, so that each is computed once.
+    """Stores the keys and values of all tokens so far, so that each is computed once.
 
-    Generation calls the model once per token. Under a causal mask, a token's key and value depend
-    only on that token and earlier ones, so they stay the same. With a cache, each step sends only
+    Under a causal mask, later tokens do not change a token's key and value. So each step sends only
     the newest token through the layers. The result is the same up to rounding. The price is memory,
     2 * layers * D numbers per token: 1 KiB here, 512 KiB in LLaMA 7B (32 layers, D = 4096, 16
-    bits). It is allocated at once, because growing it with torch.cat would copy everything in every
-    step.
+    bits). It is allocated at once, because torch.cat would copy everything in every step.
     """
 
     def __init__(self, batch_size, attention, max_len):
-        weight = attention.w_k.weight  # the cache has the weights' device and precision
+        weight = attention.w_k.weight  # for its device and precision
         shape = (batch_size, attention.num_heads, max_len, attention.head_dim)
         self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.empty_like(self.keys)
         self.length = 0
 
     def append(self, keys, values):
-        """Append (B, H, T, K) each. Returns all keys and values so far, (B, H, length, K) each."""
+        """Append keys and values (B, H, T, K). Returns all so far, (B, H, length, K) each."""
         end = self.length + keys.size(2)
         self.keys[:, :, self.length:end] = keys
         self.values[:, :, self.length:end] = values
@@ -135,24 +122,21 @@ class KeyValueCache:
 
     # --- NEW in encoder_decoder.py: beam search ---
     def reorder(self, rows):
-        """Replace each row i by a copy of row rows[i]. rows (B,)"""
+        """Replace each row i with a copy of row rows[i]. rows (B,)"""
         self.keys[:, :, :self.length] = self.keys[rows, :, :self.length]
         self.values[:, :, :self.length] = self.values[rows, :, :self.length]
     # --- end of what is new ---
 
 
 class PositionalEncoding(nn.Module):
-    """Adds a fixed pattern to each token's vector that encodes its position.
+    """Adds a fixed vector to each token's vector that encodes its position.
 
-    Without it, an encoder cannot tell `4 0 7` from `7 0 4`: attention compares vectors, wherever
-    they stand. Dimensions 2i and 2i+1 are a clock hand that turns with the position `pos`. The
-    first pair (i = 0) turns fast, the last pair slowly:
+    Without positions, an encoder cannot tell `4 0 7` from `7 0 4`, because attention ignores order.
+    Each pair of dimensions rotates from one position `pos` to the next, fast in the first pair
+    (i = 0) and slowly in the last. So one matrix maps any position's vector to that of the next.
 
         PE[pos, 2i]   = sin(pos / 10000^(2i/D))
-        PE[pos, 2i+1] = cos(pos / 10000^(2i/D))
-
-    Vaswani et al. 2017, section 3.5. From one position to the next, each hand turns by a fixed
-    angle. So a single matrix maps the pattern of any position to that of its neighbor.
+        PE[pos, 2i+1] = cos(pos / 10000^(2i/D))            Vaswani et al. 2017, section 3.5
     """
 
     def __init__(self, d_model, max_len):
@@ -162,8 +146,7 @@ class PositionalEncoding(nn.Module):
         table = torch.zeros(max_len, d_model)
         table[:, 0::2] = torch.sin(position * frequency)  # (max_len, D/2)
         table[:, 1::2] = torch.cos(position * frequency)
-        # A buffer moves to the GPU with the model but is not trained. Nor is it saved, because the
-        # formula recreates it.
+        # A buffer moves to the GPU with the model. It is not trained, and here it is not saved.
         self.register_buffer("table", table, persistent=False)
 
     def forward(self, x, positions=None):  # NEW in decoder_only.py: positions
@@ -176,41 +159,37 @@ class PositionalEncoding(nn.Module):
 
 
 def attention(queries, keys, values, mask=None, dropout=0.0):
-    """Return softmax(Q K^T / sqrt(K)) V and the attention weights.
+    """Return softmax(Q K^T / sqrt(K)) V and the weights (Vaswani et al. 2017, section 3.2).
 
     queries (B, H, T, K), keys and values (B, H, S, K); mask broadcasts to (B, H, T, S), True = may
-    attend. Returns (B, H, T, K) and the weights (B, H, T, S). Vaswani et al. 2017, section 3.2.
-
-    Each query is compared with each key, and the softmax turns a row of scores into weights that
-    sum to 1. The result is the weighted average of the values. One query and three keys:
+    attend. Each query is compared with each key, and the softmax turns a row of scores into weights
+    that sum to 1. The result is the weighted average of the values. With one query and three keys:
 
         scores  2.0  0.0  2.0    ->   weights  0.47  0.06  0.47
         with the third key masked:    weights  0.88  0.12  0.00
 
-    Why divide by sqrt(K): q.k is a sum of K products. If the entries are independent with mean 0
+    Why divide by sqrt(K)? q.k is a sum of K products. If the entries are independent with mean 0
     and variance 1, the sum has variance K. The softmax of such large scores is almost one-hot, and
-    its gradient is almost zero. attention_by_hand.py shows it in numbers.
+    its gradient is almost zero (attention_by_hand.py, stage 4).
     """
     scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.size(-1))  # (B, H, T, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     weights = torch.softmax(scores, dim=-1)
     if mask is not None:
-        # subtle: a query that may attend to nothing has only -inf, and its softmax is 0/0 = NaN.
-        # It gets zeros instead. (decoder_only.py pads on the left, where this happens.)
+        # subtle: if a query may attend to nothing, its softmax is 0/0 = NaN. Use weights of 0.
+        # (This happens with the left padding of decoder_only.py.)
         weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return F.dropout(weights, dropout) @ values, weights  # (B, H, T, K), (B, H, T, S)
 
 
 class MultiHeadAttention(nn.Module):
-    """Attention in H heads side by side, each on its own slice of K = D / H dimensions.
+    """Attention in H heads in parallel, each with its own K = D / H dimensions.
 
-    Queries come from x, keys and values from memory: a query describes what a position looks for, a
-    key what a position offers, a value the content that it passes on. All three are learned
-    projections. In self-attention, x and memory are the same.
-
-    One softmax can point to one place well; H heads can point to H places, with as many weights and
-    multiplications as one head of full width.
+    Queries are computed from x, keys and values from memory. A query describes what a position
+    looks for, a key what a position offers, and a value the content that it passes on. In
+    self-attention, x and memory are the same. H heads give each query H sets of weights, with as
+    many parameters and multiplications as one head of full width.
     """
 
     def __init__(self, d_model, num_heads, dropout=0.0):
@@ -222,12 +201,12 @@ class MultiHeadAttention(nn.Module):
         self.w_k = nn.Linear(d_model, d_model)
         self.w_v = nn.Linear(d_model, d_model)
         self.w_o = nn.Linear(d_model, d_model)
-        self.formula = attention  # train_all.py can put PyTorch's fused kernel in its place
+        self.formula = attention  # train_all.py can replace it with PyTorch's fused kernel
 
     def split_heads(self, x):
-        """(B, S, D) -> (B, H, S, K): cut the D dimensions of each token into H slices."""
-        # subtle: view as (B, S, H, K) first, then transpose. view(B, H, S, K) has the right shape
-        # too, but it mixes the dimensions of different tokens.
+        """(B, S, D) -> (B, H, S, K): split the D dimensions of each token into H heads."""
+        # subtle: view as (B, S, H, K) first, then transpose. view(B, H, S, K) has the same shape,
+        # but it mixes the dimensions of different tokens.
         return x.view(x.size(0), x.size(1), self.num_heads, self.head_dim).transpose(1, 2)
 
     def merge_heads(self, x):
@@ -255,12 +234,10 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a nonlinearity between them, applied to each position separately.
+    """Two linear layers, applied to each position separately (Vaswani et al. 2017, section 3.3).
 
-        feed_forward(x) = narrow(GELU(widen(x)))               Vaswani et al. 2017, section 3.3
-
-    Without the nonlinearity, the two matrices would collapse into a single one. GELU (Hendrycks and
-    Gimpel 2016) is a smooth ReLU. BERT and GPT-2 use it; the 2017 paper and T5 use ReLU.
+    Without the nonlinearity, the two layers would be equivalent to one. GELU (Hendrycks and Gimpel
+    2016) is a smooth variant of ReLU. BERT and GPT-2 use it; the 2017 paper and T5 use ReLU.
     """
 
     def __init__(self, d_model, d_ff, dropout=0.0):
@@ -281,10 +258,10 @@ class EncoderLayer(nn.Module):
         x = x + attention(norm(x))
         x = x + feed_forward(norm(x))
 
-    The norm (LayerNorm) gives each token's vector mean 0 and variance 1, then a learned gain and
+    LayerNorm scales each token's vector to mean 0 and variance 1, then applies a learned gain and
     shift. The residual `x +` gives gradients a direct path: the derivative of x + f(x) is
-    1 + f'(x). The paper and BERT normalize after the addition (post-norm); GPT-2, T5, and this
-    file normalize before it (pre-norm, Xiong et al. 2020).
+    1 + f'(x). Vaswani et al. 2017 and BERT normalize after the addition (post-norm). GPT-2, T5,
+    and this file normalize the input of each sublayer (pre-norm, Xiong et al. 2020).
     """
 
     def __init__(self, d_model, num_heads, d_ff, dropout=0.0):
@@ -311,7 +288,7 @@ class DecoderLayer(nn.Module):
         x = x + cross_attention(norm(x), memory)    <- new
         x = x + feed_forward(norm(x))
 
-    Vaswani et al. 2017, section 3.1, but with pre-norm, as in T5.
+    It follows Vaswani et al. 2017, section 3.1, but with pre-norm, as in T5.
     """
 
     def __init__(self, d_model, num_heads, d_ff, dropout=0.0):
@@ -331,15 +308,14 @@ class DecoderLayer(nn.Module):
                 memory_cache=None):  # NEW in encoder_decoder.py: memory_cache
         """x (B, T, D), memory (B, S, D), masks as in `attention` -> (B, T, D) and (B, H, T, S)
 
-        Returns the cross-attention weights. With the caches, x and memory hold only what is new.
+        Returns the cross-attention weights. With caches, x and memory hold only what is new.
         """
         normalized = self.norm1(x)
         attended, weights = self.self_attention(normalized, normalized, mask, cache)
         x = x + self.dropout(attended)  # subtle: add to x, not to `normalized`
         # --- NEW in encoder_decoder.py: cross-attention ---
-        # Queries come from the target, keys and values from the source. The norm is for the queries
-        # only, because the encoder has normalized the memory. subtle: no causal mask here. The
-        # whole source is known from the start.
+        # Queries come from the target, keys and values from the source, which the encoder has
+        # normalized. subtle: there is no causal mask, because the whole source is known.
         attended, weights = self.cross_attention(self.norm_cross(x), memory, memory_mask,
                                                  memory_cache)
         x = x + self.dropout(attended)
@@ -348,24 +324,21 @@ class DecoderLayer(nn.Module):
         return x, weights
 
 
-# -------------------------------------------------------------------------------------
-# 2. Choosing a token
-# -------------------------------------------------------------------------------------
+# --- 2. Choosing a token --------------------------------------------------------------
 # KNOWN from decoder_only.py. Continue reading at `Hypothesis`.
 def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
-    """Return logits (B, V) in which every token that must not be sampled is -inf.
+    """Return logits (B, V) in which every excluded token has -inf.
 
     temperature  divides the logits: below 1 it sharpens the distribution, above 1 it flattens it
     top_k        keeps the k most likely tokens (Fan et al. 2018, section 5)
     top_p        keeps the smallest set of most likely tokens whose probabilities sum to at least p
-                 (Holtzman et al. 2020, section 3.1): a large set where the model is uncertain, a
-                 small one where it is certain
+                 (Holtzman et al. 2020, section 3.1): a large set where the model is uncertain
 
-    Probabilities 0.5 0.3 0.15 0.05:  top_k=2 keeps 0.5 0.3;  top_p=0.7 keeps 0.5 0.3, because the
-    token that crosses p stays;  top_p=0.5 keeps 0.5.
+    With probabilities 0.5, 0.3, 0.15, and 0.05, top_k=2 keeps two tokens. top_p=0.7 also keeps two,
+    because the token that crosses p stays. top_p=0.5 keeps one.
     """
     check_filters(temperature, top_k, top_p)
-    # The softmax ignores a shift. With the largest logit at 0, dividing cannot give inf - inf.
+    # A shift does not change the softmax. With the largest logit at 0, it never has inf - inf.
     logits = (logits - logits.max(-1, keepdim=True).values) / temperature
     if top_k is not None:
         # Select by index: `logits < k-th largest` would keep more than k tokens if some are tied.
@@ -375,8 +348,7 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(-1, descending=True)  # (B, V) each
         probabilities = torch.softmax(ordered, -1)
-        # subtle: a token stays if the tokens *before* it have not reached p. So the most likely
-        # token always stays.
+        # subtle: a token stays if those *before* it sum to less than p. So the first always stays.
         before = probabilities.cumsum(-1) - probabilities
         keep = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before < top_p)
         logits = logits.masked_fill(~keep, -math.inf)
@@ -385,15 +357,14 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
 
 def choose_next_token(logits, written, temperature=0.0, top_k=None, top_p=None,
                       repetition_penalty=1.0, generator=None):
-    """Logits of the next token (B, V) and the ids generated so far (B, n) -> the next ids (B,)
+    """Return the next ids (B,), given their logits (B, V) and the ids generated so far (B, n).
 
-    temperature 0 is greedy: it takes the most likely token. A repetition_penalty above 1 makes
+    Temperature 0 is greedy: it takes the most likely token. A repetition_penalty above 1 makes
     tokens that were already generated less likely (Keskar et al. 2019, CTRL, section 4.1).
     """
     if repetition_penalty != 1.0 and written.size(1) > 0:
         scores = logits.gather(1, written)  # (B, n)
-        # subtle: divide positive logits and multiply negative ones, so that both become smaller.
-        # The paper always divides, which would raise a negative logit and reward repetition.
+        # subtle: multiply negative logits. The paper divides them too, which rewards repetition.
         scores = torch.where(scores > 0, scores / repetition_penalty, scores * repetition_penalty)
         logits = logits.scatter(1, written, scores)  # (B, V)
     if temperature == 0:
@@ -403,15 +374,13 @@ def choose_next_token(logits, written, temperature=0.0, top_k=None, top_p=None,
 
 
 def cut_after(ids, stop_at):
-    """Return the list `ids` up to the first `stop_at`, inclusive, or all of it."""
+    """Return the list `ids` up to and including the first `stop_at`, or all of it without one."""
     return ids[:ids.index(stop_at) + 1] if stop_at in ids else ids
 
 
-# -------------------------------------------------------------------------------------
-# 3. The model
-# -------------------------------------------------------------------------------------
+# --- 3. The model ---------------------------------------------------------------------
 class Hypothesis(NamedTuple):
-    """An answer of beam search. `tokens` are ids without <SOS>, with <EOS> if it was predicted."""
+    """An answer of beam search. `tokens` has no <SOS>; it ends in <EOS> if that was predicted."""
     score: float
     log_probability: float  # in nats
     tokens: list
@@ -421,8 +390,8 @@ def best_candidates(sums, logits, width):
     """Extend each hypothesis by each token and return the best 2W candidates of each source.
 
     sums (B, W) of log-probabilities, logits (B*W, V) of the next token. Returns (B, 2W) each: the
-    new sums, best first; the parent hypothesis, 0 to W - 1; and the new token. For W = 1, it is the
-    token that greedy generation takes.
+    new sums, best first; the parents, 0 to W - 1; and the new tokens. For W = 1, it returns only
+    the token that greedy generation takes, (B, 1) each.
     """
     log_p = torch.log_softmax(logits, -1)  # (B*W, V)
     if width == 1:  # argmax of the logits, because rounding can make two sums equal
@@ -435,12 +404,12 @@ def best_candidates(sums, logits, width):
 
 
 class EncoderDecoderTransformer(nn.Module):
-    """An encoder and a decoder, with a prediction of the next token at every target position.
+    """An encoder and a decoder that predicts the next token at every target position.
 
     Differs from Raffel et al. 2020 (T5): sinusoidal positions, added once, instead of learned
-    relative ones in every attention; layer norms and linear layers with bias; scores divided by
-    sqrt(K), which T5 builds into its initial weights instead; embeddings scaled at the input, not
-    at the output; GELU instead of ReLU; <SOS> instead of <PAD> to start; no <EOS> on the source.
+    relative ones in every attention; norms and linear layers have a bias; scores are divided by
+    sqrt(K), which T5 builds into its initial weights; embeddings are scaled at the input, not at
+    the output; GELU instead of ReLU; <SOS> instead of <PAD> to start; no <EOS> on the source.
     """
 
     def __init__(self, vocab_size=len(VOCABULARY), d_model=64, num_heads=4, num_layers=2, d_ff=256,
@@ -463,27 +432,24 @@ class EncoderDecoderTransformer(nn.Module):
         self.final_norm = nn.LayerNorm(d_model)
         self.output = nn.Linear(d_model, vocab_size, bias=False)
         # Tied weights, small for the output and scaled for the input, as in encoder_only.py.
-        # (Without the factor sqrt(D), 6 epochs end at 0.0 to 0.2% exact match, SEED 0-2.)
+        # (Without the factor sqrt(D), 6 epochs end at 0.0-0.2% exact match, SEED 0-2.)
         self.output.weight = self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.embedding_scale = math.sqrt(d_model)
 
     def positions_of(self, tokens):
-        """tokens (B, T) -> positions (1, T). All rows start in the first column."""
+        """tokens (B, T) -> positions (1, T). All rows start at position 0."""
         return torch.arange(tokens.size(1), device=tokens.device)[None]
 
     def embed(self, tokens, positions=None):
-        """tokens (B, T) -> (B, T, D). positions None: those of `positions_of`."""
+        """tokens (B, T) -> (B, T, D), with `positions` or those of `positions_of`."""
         if positions is None:
             positions = self.positions_of(tokens)
         x = self.embedding(tokens) * self.embedding_scale  # (B, T, D)
         return self.dropout(self.positional_encoding(x, positions))
 
     def encode(self, tokens, mask=None):
-        """tokens (B, S) -> memory (B, S, D) and a list of each layer's weights (B, H, S, S)
-
-        mask (B, 1, 1, S), or None to mask <PAD>
-        """
+        """tokens (B, S) -> memory (B, S, D) and a list of each layer's weights (B, H, S, S)"""
         if mask is None:
             mask = padding_mask(tokens)  # (B, 1, 1, S)
         x = self.embed(tokens)  # (B, S, D)
@@ -497,9 +463,9 @@ class EncoderDecoderTransformer(nn.Module):
         """tokens (B, T), memory (B, S, D) -> (B, T, D) and a list of each layer's cross-attention
         weights (B, H, T, S)
 
-        memory_mask  (B, 1, 1, S); masks the source's padding in training and in generation alike
-        positions    (1, T); None for those of `positions_of`, after what is in the caches
-        caches       from `new_caches`; `tokens` are then only the new ones
+        memory_mask  (B, 1, 1, S); masks the source's padding, in training and in generation
+        positions    (1, T); None continues after the cached tokens, with `positions_of`
+        caches       from `new_caches`; `tokens` then has only the new tokens
         """
         past = caches[0][0].length if caches else 0
         new = tokens.size(1)
@@ -509,8 +475,7 @@ class EncoderDecoderTransformer(nn.Module):
         if positions is None:
             positions = past + self.positions_of(tokens)
         if past > 0:
-            # subtle: the first step has filled the caches of cross-attention, and the source does
-            # not grow. There is nothing to append, so pass a memory of length 0.
+            # subtle: the first step has filled the caches of cross-attention. Append nothing more.
             memory = memory[:, :0]  # (B, 0, D)
         x = self.embed(tokens, positions)  # (B, T, D)
         all_weights = []
@@ -524,12 +489,10 @@ class EncoderDecoderTransformer(nn.Module):
     def forward(self, source, decoder_input, source_mask=None):
         """source (B, S), decoder_input (B, T) -> logits (B, T, V); those at t predict token t + 1
 
-        The source's padding is masked. The target's needs no mask: it comes after every real token,
-        so the causal mask hides it already.
-
-        Teacher forcing: decoder_input is the ground-truth prefix, whatever the model would have
-        predicted, so one pass trains all positions. The price is that the model never trains on its
-        own mistakes ("exposure bias", Ranzato et al. 2016).
+        The target's padding needs no mask, because the causal mask already hides it. Teacher
+        forcing: decoder_input is the ground-truth prefix, not the model's own predictions, so one
+        pass trains all positions. The price is that the model never trains on its own mistakes
+        ("exposure bias", Ranzato et al. 2016).
         """
         if source_mask is None:
             source_mask = padding_mask(source)  # (B, 1, 1, S)
@@ -543,7 +506,7 @@ class EncoderDecoderTransformer(nn.Module):
         return self.encode(source, mask)[0], mask
 
     def new_caches(self, batch_size, max_new_tokens, source_length):
-        """Return a pair of empty caches per decoder layer, for self- and for cross-attention."""
+        """Return two empty caches per decoder layer, for self-attention and cross-attention."""
         return [(layer.self_attention.new_cache(batch_size, max_new_tokens),
                  layer.cross_attention.new_cache(batch_size, source_length))
                 for layer in self.decoder_layers]
@@ -553,8 +516,8 @@ class EncoderDecoderTransformer(nn.Module):
                  repetition_penalty=1.0, use_cache=True, stop_at=EOS, generator=None):
         """Write at most `max_new_tokens` for each source (a list of ids). Returns lists of ids.
 
-        Options as in decoder_only.py. Sources are padded on the right. All targets start with <SOS>
-        in the same column, so no padding on the left is needed.
+        The options are those of decoder_only.py. All targets start with <SOS> in the same column,
+        so they need no padding on the left.
         """
         check_arguments(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
                         top_p=top_p, repetition_penalty=repetition_penalty)
@@ -565,7 +528,6 @@ class EncoderDecoderTransformer(nn.Module):
         tokens[:, 0] = SOS  # (B, max + 1)
         positions = self.positions_of(tokens)  # (1, max + 1)
         finished = torch.zeros(len(sources), dtype=torch.bool, device=device)  # (B,)
-
         with evaluation_mode(self):
             memory, memory_mask = self.read(sources)
             caches = None
@@ -575,66 +537,61 @@ class EncoderDecoderTransformer(nn.Module):
                 start = end - 1 if use_cache else 0
                 hidden, _ = self.decode(tokens[:, start:end], memory, memory_mask,
                                         positions[:, start:end], caches)  # (B, end - start, D)
-                logits = self.output(hidden[:, -1])  # (B, V); only the last position is new
+                logits = self.output(hidden[:, -1])  # (B, V); only the last position is needed
                 tokens[:, end] = choose_next_token(logits, tokens[:, 1:end], temperature,
                                                    top_k, top_p, repetition_penalty, generator)
                 if stop_at is not None:
                     finished |= tokens[:, end] == stop_at
                     if finished.all():
                         break
-        # A finished row keeps generating while it waits for the others. Cut that off.
+        # Finished rows keep generating until all rows are finished. Cut the extra tokens off.
         return [cut_after(row, stop_at) for row in tokens[:, 1:end + 1].tolist()]
 
-    # BEAM SEARCH. Greedy generation takes the most likely *next* token and cannot take it back.
-    # Beam search keeps the W best unfinished hypotheses, so it can find an answer whose first token
-    # was not the most likely one. An example with W = 2 and three tokens, a, b, and <EOS>. The
-    # numbers are sums of log-probabilities:
+    # BEAM SEARCH. Greedy generation cannot revise a token. Beam search keeps the W best unfinished
+    # hypotheses, so it can find an answer whose first token was not the most likely one. In this
+    # example, W = 2, the tokens are a, b, <EOS>, and the numbers are sums of log-probabilities:
     #
     #     step 1    a -0.5     b -1.2     <EOS> -2.4
     #     step 2    from a:    a a -1.6   a b -1.7   a <EOS> -1.5
     #               from b:    b a -1.3   b b -4.1   b <EOS> -4.4
     #     step 3    from b a:  b a <EOS> -1.4, ...
     #
-    # Step 1 keeps a and b. In step 2, all 2 * 3 candidates compete in one list. The best 2W = 4 are
-    # b a, a <EOS>, a a, a b. Of these, a <EOS> is finished, and the best W = 2 of the others stay:
-    # b a and a a. Step 3 finishes b a <EOS>, which wins with -1.4. Greedy would have followed a and
+    # Step 1 keeps a and b. Step 2 ranks all 2 * 3 candidates together. The best 2W = 4 are b a,
+    # a <EOS>, a a, a b. Of these, a <EOS> is finished, and the best W = 2 of the others stay: b a
+    # and a a. Step 3 finishes b a <EOS>, which wins with -1.4. Greedy would have taken a first and
     # ended with a <EOS> at -1.5.
     #
     # Finished hypotheses are compared by score = log-probability / length ** length_penalty. The
-    # length counts <EOS> but not <SOS>. With penalty 0, short answers have an advantage, because
-    # each further token lowers the sum. With penalty 1, the mean per token decides. (Wu et al.
-    # 2016, section 7, divide by ((5 + length) / 6) ** penalty.)
+    # length includes <EOS>. Penalty 0 favors short answers, because each further token lowers the
+    # sum. Penalty 1 takes the mean. (Wu et al. 2016, section 7: ((5 + length) / 6) ** penalty.)
     #
-    # Why the best 2W? At most W of them end, one per hypothesis, so at least W stay unfinished.
-    # With W = 1, only the best candidate counts, and a row ends with its first <EOS>: the search is
-    # greedy. If the beam can hold every hypothesis, the search is exhaustive.
+    # Why the best 2W? At most W of them end, one per hypothesis, so at least W are unfinished. With
+    # W = 1, the search is greedy. If the beam can hold every hypothesis, it is exhaustive.
     @torch.inference_mode()
     def beam_search(self, sources, beam_width=4, length_penalty=1.0, max_new_tokens=32, trace=None):
         """For each source (a list of ids), return at most `beam_width` Hypothesis, best first.
 
-        Only the first is certain to be the best that the search could find, because it stops as
-        soon as that is certain. A hypothesis that is unfinished after `max_new_tokens` counts as
-        finished at that length.
-        trace: a list that receives each step of the first source's search: what ended and what
-        stayed, as (tokens, new token, sum, ended?).
+        The search stops as soon as no other hypothesis can beat the first, so the lower ranks may
+        not be the best possible. A hypothesis that is unfinished after `max_new_tokens` counts as
+        finished. trace: a list to which each step of the first source's search is appended, the
+        finished and the kept candidates as (tokens, new token, sum, finished).
         """
         check_arguments(beam_width=beam_width, length_penalty=length_penalty,
                         max_new_tokens=max_new_tokens)
         check_rows(sources, self.vocab_size, self.max_len)
         check_rows([[SOS]], self.vocab_size, self.max_len, max_new_tokens - 1)
         batch, width, device = len(sources), beam_width, self.embedding.weight.device
-        length_penalty = float(length_penalty)  # length ** 10 as an integer may be too large
+        length_penalty = float(length_penalty)  # as an integer, length ** 10 may be too large
         # The W hypotheses of source b are rows b*W to b*W + W - 1.
         first_row = torch.arange(0, batch * width, width, device=device)[:, None]  # (B, 1)
         tokens = torch.full((batch * width, max_new_tokens + 1), PAD, device=device)
         tokens[:, 0] = SOS  # (B*W, max + 1)
         positions = self.positions_of(tokens)  # (1, max + 1)
-        # All hypotheses start as the same <SOS>, so only the first of each source counts.
+        # All hypotheses start with the same <SOS>, so only the first of each source counts.
         sums = torch.full((batch, width), -math.inf, device=device)  # (B, W)
         sums[:, 0] = 0.0
         best_score = torch.full((batch, 1), -math.inf, device=device)
         finished = [[] for _ in sources]
-
         with evaluation_mode(self):
             memory, memory_mask = self.read(sources)
             memory = memory.repeat_interleave(width, 0)  # (B*W, S, D)
@@ -656,7 +613,7 @@ class EncoderDecoderTransformer(nn.Module):
                     finished[b].append(Hypothesis(scores[b, c].item(), sums[b, c].item(), ids))
 
                 # 3. Keep the best W of the others, with their parents' tokens and caches: b a, a a.
-                #    The caches of cross-attention stay, because parent and child share a source.
+                #    The caches of cross-attention stay, because parent and child share the source.
                 kept_sums, kept = sums.masked_fill(ends, -math.inf).topk(width)  # (B, W)
                 if trace is not None:
                     trace.append([(tokens[parent[0, c], 1:length].tolist(), token[0, c].item(),
@@ -669,8 +626,8 @@ class EncoderDecoderTransformer(nn.Module):
                 for self_cache, _ in caches:
                     self_cache.reorder(rows)
 
-                # 4. Stop if no unfinished hypothesis can win. Its sum (negative) never rises again,
-                #    so its score will be at most sum / max_new_tokens ** length_penalty.
+                # 4. Stop if no unfinished hypothesis can win. A sum is negative and never rises, so
+                #    its score will be at most sum / max_new_tokens ** length_penalty.
                 possible = kept_sums / max_new_tokens ** length_penalty  # (B, W)
                 done = (possible <= best_score).all(1, keepdim=True)  # (B, 1)
                 sums = kept_sums.masked_fill(done, -math.inf)
@@ -690,11 +647,10 @@ class EncoderDecoderTransformer(nn.Module):
 
 
 def translate(model, sequences, beam_width=None, **options):
-    """Lists of digits -> lists of words. options: those of `generate`, or with a beam_width, those
-    of `beam_search`.
+    """Translate lists of digits into lists of words. With a beam_width, it uses `beam_search`.
 
-    The limit has room for the longest answer, <EOS>, and one extra token. A row that does not stop
-    in time is then too long, and counts as wrong.
+    options: see `generate` or `beam_search`. The limit is one token beyond <EOS>, so an answer that
+    does not stop is too long and counts as wrong.
     """
     check_sequences(sequences)
     sources = [VOCABULARY.encode(digits) for digits in sequences]
@@ -707,9 +663,7 @@ def translate(model, sequences, beam_width=None, **options):
     return [VOCABULARY.decode(ids[:-1] if ids[-1] == EOS else ids) for ids in written]
 
 
-# -------------------------------------------------------------------------------------
-# 4. Training
-# -------------------------------------------------------------------------------------
+# --- 4. Training ----------------------------------------------------------------------
 def predict(model, batch):
     """Run the model on one batch. Returns logits (B, T, V) and labels (B, T).
 
@@ -717,7 +671,7 @@ def predict(model, batch):
         decoder_input   <SOS>  four  zero   seven
         labels          four   zero  seven  <EOS>       short rows end in IGNORE_INDEX
 
-    `collate_fn` has already shifted the labels by one position; do not shift them again here.
+    `collate_fn` has already shifted the labels by one position. Do not shift them again here.
     """
     return model(batch["source"], batch["decoder_input"], batch["source_mask"]), batch["labels"]
 
@@ -726,10 +680,9 @@ def predict(model, batch):
 def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
     """Return the factor for the learning rate in `step`: linear warmup, then cosine decay.
 
-    It is 1 / warmup_steps in step 0, 1 in step warmup_steps - 1, and final_factor in the last step
-    and after it. Warmup (Vaswani et al. 2017, section 5.3): in the first steps, Adam's averages
-    rest on few gradients, so its steps should be small (Liu et al. 2020, RAdam). Decay (Loshchilov
-    and Hutter 2017): smaller steps let the model settle closer to a minimum.
+    Warmup (Vaswani et al. 2017, section 5.3) keeps the first steps small, in which Adam's averages
+    are based on few gradients (Liu et al. 2020, RAdam). Decay (Loshchilov and Hutter 2017) lets the
+    model get closer to a minimum.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps  # never 0, which would waste the first step
@@ -739,8 +692,7 @@ def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
 
 def create_optimizer(model, learning_rate, total_steps, warmup_steps, weight_decay=0.01):
     """Return (AdamW, scheduler) for `total_steps` steps. Call scheduler.step() after each step."""
-    # fused: one kernel for all parameters. Older versions of PyTorch lack it for Apple's MPS.
-    fused = next(model.parameters()).device.type != "mps"
+    fused = next(model.parameters()).device.type != "mps"  # one kernel; older MPS builds lack it
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay,
                                   fused=fused)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -749,10 +701,7 @@ def create_optimizer(model, learning_rate, total_steps, warmup_steps, weight_dec
 
 
 def cross_entropy(logits, labels):
-    """Return the mean cross-entropy: -log(probability of the label), in nats, over all labels.
-
-    logits (B, T, V), labels (B, T). A uniform guess among V tokens costs ln V = 3.26 nats.
-    """
+    """Return the mean of -log(probability of the label) in nats. A uniform guess: ln 26 = 3.26."""
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
 
 
@@ -762,16 +711,16 @@ def compute_loss(model, batch):
 
 
 def train_epoch(model, loader, optimizer, scheduler, clip_norm, loss_function=compute_loss):
-    """Train on each batch of `loader` once. Returns the mean of the losses on the way."""
+    """Train for one epoch on `loader`. Returns the mean loss of its batches."""
     model.train()
     device = next(model.parameters()).device
     total = 0.0
     for batch in tqdm(loader, ascii=True, leave=False, disable=None):  # no bar without a terminal
         loss = loss_function(model, to_device(batch, device))
         check_finite(loss.item(), scheduler.last_epoch)
-        optimizer.zero_grad()  # backward() adds to the gradients of the step before
+        optimizer.zero_grad()  # otherwise backward() adds to the gradients of the previous step
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # limit its length, not direction
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # keeps the direction
         optimizer.step()
         scheduler.step()
         total += loss.item()
@@ -783,10 +732,8 @@ def evaluate(model, loader):
     """Evaluate the model on `loader`. Returns a dict with:
 
     loss         mean cross-entropy over the labels
-    accuracy     fraction of labels that are the most likely token; for the two decoders, given the
-                 correct tokens before it
-    exact_match  fraction of sequences that `translate` gets correct from the first token to the
-                 last. Trust this number: one wrong token makes the sequence wrong
+    accuracy     fraction of labels that are the most likely token (decoders: after correct tokens)
+    exact_match  fraction of sequences that `translate` gets entirely correct
     examples     (digits, expected words, written words) of each sequence, mistakes first
     """
     model.eval()
@@ -795,8 +742,7 @@ def evaluate(model, loader):
     for batch in loader:
         logits, labels = predict(model, to_device(batch, device))
         counts = labels != IGNORE_INDEX  # (B, T)
-        # subtle: sum over labels and divide once. A mean of the batches' means would give the
-        # labels of a small last batch more weight.
+        # subtle: sum and divide once. A mean of means gives a small last batch too much weight.
         loss_sum += F.cross_entropy(logits[counts], labels[counts], reduction="sum").item()
         num_correct += (logits.argmax(-1) == labels)[counts].sum().item()
         num_labels += counts.sum().item()
@@ -807,9 +753,7 @@ def evaluate(model, loader):
             "exact_match": num_exact / len(examples), "examples": examples}
 
 
-# -------------------------------------------------------------------------------------
-# 5. Looking inside
-# -------------------------------------------------------------------------------------
+# --- 5. Looking inside ----------------------------------------------------------------
 def show_beam_search(model, digits, expected, width, penalty):
     """Print one beam search step by step: the tokens so far, the new token, and the sum."""
     trace = []
@@ -822,8 +766,7 @@ def show_beam_search(model, digits, expected, width, penalty):
             text = " ".join(VOCABULARY.decode(before) + ["+", VOCABULARY.tokens[token]])
             print(f"  {step if n == 0 else '':>4}   {total:15.3f}   {text}"
                   + ("   (finished)" if ended else ""))
-    print(f"  stopped after {len(trace)} of at most {limit} steps; "
-          "score = log-probability / length ^ penalty")
+    print(f"  stopped after {len(trace)} of {limit} steps; score = sum / length ^ penalty")
     for hypothesis in found:
         correct = hypothesis.tokens == VOCABULARY.encode(expected) + [EOS]
         print(f"    {hypothesis.score:8.3f} = {hypothesis.log_probability:7.3f} / "
@@ -837,8 +780,8 @@ def show_beam_search(model, digits, expected, width, penalty):
 def show_beam_scores(model, examples, width):
     """Print the exact match of greedy generation and of beam search under three length penalties.
 
-    Beam search finds answers that the *model* finds likely. They need not be correct. In machine
-    translation, the most likely output of all is often the empty one (Stahlberg and Byrne 2019).
+    A likely answer need not be correct. In machine translation, the most likely output of all is
+    often the empty one (Stahlberg and Byrne 2019).
     """
     digits, words = [digits for digits, _, _ in examples], [words for _, words, _ in examples]
     greedy = translate(model, digits)
@@ -851,7 +794,7 @@ def show_beam_scores(model, examples, width):
 
 @torch.inference_mode()
 def cross_attention(model, digits):
-    """Return the generated ids (T) and the cross-attention weights (layers, H, T, S) of each."""
+    """Return the generated ids (T) and their cross-attention weights (layers, H, T, S)."""
     model.eval()
     source = [VOCABULARY.encode(digits)]
     written = model.generate(source, len(digits) + 2)[0]
@@ -862,11 +805,7 @@ def cross_attention(model, digits):
 
 
 def show_cross_attention(model, digits):
-    """Print what the model attends to when it predicts each word.
-
-    It shows the layer and head with the best pattern: word i gives most weight to digit i.
-    Attention weights show where a layer looked, not why (Jain and Wallace 2019).
-    """
+    """Print the cross-attention of the head in which word i attends most to digit i."""
     written, weights = cross_attention(model, digits)
     n = min(len(digits), len(written))
     own = weights[:, :, :n].diagonal(dim1=-2, dim2=-1).mean(-1)  # (layers, H)
@@ -874,8 +813,7 @@ def show_cross_attention(model, digits):
     print("  mean weight of a word's own digit, per layer and head:")
     for i, row in enumerate(own.tolist()):
         print(f"    layer {i}   " + "   ".join(f"head {h}: {w:.2f}" for h, w in enumerate(row)))
-    print(f"  layer {layer}, head {head}; rows are queries, named by the token that they predict; "
-          "columns are keys:")
+    print(f"  layer {layer}, head {head}; rows are queries (-> the token predicted), columns keys:")
     print_attention(weights[layer, head], [f"-> {word}" for word in VOCABULARY.decode(written)],
                     digits)
 
@@ -883,8 +821,7 @@ def show_cross_attention(model, digits):
 def where_beams_help(model, examples, width, penalty):
     """Return (digits, words) of an example that beam search gets correct and greedy gets wrong.
 
-    This example is selected to show the effect; `show_beam_scores` reports how often it occurs. If
-    there is none, it is one that greedy gets wrong, and otherwise the first one.
+    If there is none, return one that greedy gets wrong, or else the first.
     """
     sequences = [digits for digits, _, _ in examples]
     greedy = translate(model, sequences)
@@ -895,9 +832,7 @@ def where_beams_help(model, examples, width, penalty):
     return (helped or wrong or examples)[0][:2]
 
 
-# -------------------------------------------------------------------------------------
-# 6. The run
-# -------------------------------------------------------------------------------------
+# --- 6. The run -----------------------------------------------------------------------
 def main():
     check_constants(globals())
     torch.manual_seed(SEED)
@@ -909,7 +844,7 @@ def main():
     print(f"encoder-decoder: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{len(train_loader.dataset)} training and {len(val_loader.dataset)} held-out sequences")
 
-    print("\n1. Training: predict the next word from the source and the words before it")
+    print("\n1. Training: predict the next word from the source and the previous words")
     optimizer, scheduler = create_optimizer(model, LEARNING_RATE, NUM_EPOCHS * len(train_loader),
                                             WARMUP_STEPS)
     for epoch in range(1, NUM_EPOCHS + 1):
@@ -918,7 +853,7 @@ def main():
         print(f"  epoch {epoch:2d}   train loss {train_loss:.4f}   "
               f"validation loss {result['loss']:.4f}   exact match {result['exact_match']:6.1%}")
         if epoch == 1:
-            undertrained = copy.deepcopy(model)  # still uncertain: there is something to search
+            undertrained = copy.deepcopy(model)  # still uncertain, so the search matters
     save_model(model, CHECKPOINTS / "encoder_decoder.pt")
     examples = result["examples"]
 
@@ -938,15 +873,13 @@ def main():
                       length_penalty=LENGTH_PENALTY)
     beam_score = exact_match(beams, [words for _, words, _ in examples])
     print(f"\nResult on {len(examples)} held-out sequences")
-    print("  next word, given the correct ones before it (teacher forcing)   accuracy    "
-          f"{result['accuracy']:6.1%}")
-    print("  digits to words, generated until <EOS>, greedy                  exact match "
-          f"{result['exact_match']:6.1%}")
-    print(f"  the same with beam search, width {BEAM_WIDTH:<31d}exact match {beam_score:6.1%}")
+    print(f"  next word, with teacher forcing          accuracy    {result['accuracy']:6.1%}")
+    print(f"  digits to words, greedy, until <EOS>     exact match {result['exact_match']:6.1%}")
+    print(f"  the same with beam search, width {BEAM_WIDTH:<8d}exact match {beam_score:6.1%}")
 
 
 def answer(tokens):
-    """Translate `tokens`, typed after the script's name, with the saved model."""
+    """Translate `tokens` from the command line with the saved model."""
     check_known(tokens, DIGITS, "python encoder_decoder.py 4 0 7")
     model = EncoderDecoderTransformer.load(CHECKPOINTS / "encoder_decoder.pt",
                                            choose_device(DEVICE))

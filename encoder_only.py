@@ -1,25 +1,25 @@
 """
-encoder_only.py - the BERT family: read everything at once, predict the masked tokens
+encoder_only.py - the BERT family: predict masked tokens from the tokens on both sides
 
 THE IDEA.  Replace some tokens of a text with <MASK> and train a model to predict them from the
-tokens on *both* sides. To predict well, it must use the rest of the text. Other tasks can then
-reuse what it has learned: put a small layer on top and train again (Devlin et al. 2019,
-"BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding").
+tokens on *both* sides. To predict them well, the model must use the rest of the text. It can then
+be fine-tuned for other tasks with a small layer on top (Devlin et al. 2019, "BERT: Pre-training of
+Deep Bidirectional Transformers for Language Understanding").
 
     4   0   7 <SEP> four <MASK> seven          tokens, one of them masked
     |   |   |   |    |     |      |
     [   embedding + position         ]         each token becomes a vector of D numbers
     [   EncoderLayer: every position ]
-    [   attends to every other       ]  x 2    in both directions
+    [   attends to all positions     ]  x 2    in both directions
     |   |   |   |    |     |      |
                          "zero"                its prediction: a softmax over all 26 tokens
 
-What it learns here: masked language modeling on `digits <SEP> words`. Masking all the words makes
-the model translate digits to words in one pass. Masking all the digits makes the same weights
-translate words to digits. Then fine-tuning on another task: do these words match these digits?
+What it learns here: masked language modeling on `digits <SEP> words`. With all words masked, the
+model translates digits to words in one pass. With all digits masked, the same weights translate
+words to digits. The model is then fine-tuned to decide whether the words match the digits.
 
 What it cannot do: choose the length of its output. It fills the masks that it is given, one per
-digit. Keep this in mind whenever you compare its score with the other two.
+digit. Keep this in mind when you compare its score with those of the other two.
 
 Run it:     python encoder_only.py        (about 25 seconds on one CPU core)
 Try it:     python encoder_only.py 4 0 7           (after the run; digits to words)
@@ -28,13 +28,10 @@ Try it:     python encoder_only.py 4 0 7           (after the run; digits to wor
 The last lines should be close to:
 
     Result on 601 held-out sequences
-      digits to words, all masks in one pass (length given)   exact match 100.0%
-      words to digits, the same weights                       exact match 100.0%
-      do the words match? pretrained                          correct      91.2%
-      the same from scratch, with the steps of pretraining    correct      51.9%
-
-READING ORDER   positions -> attention -> feed-forward -> layer -> model -> masking (new here)
-                -> translating -> training -> classifier -> main
+      digits to words, length given        exact match 100.0%
+      words to digits, the same weights    exact match 100.0%
+      do the words match? pretrained       correct      91.2%
+      from scratch, with as many steps     correct      51.9%
 """
 import copy
 import math
@@ -53,33 +50,30 @@ from toy_dataset import (DIGITS, FIRST_ORDINARY, IGNORE_INDEX, MASK, PAD, SEP, V
 
 # =====================================================================================
 # LEGEND   B  batch                              D  d_model: the size of a token's vector
-#          S  number of keys: all positions      H  heads
-#             of a row                           K  D / H: the size of a head's vectors
-#          T  number of queries; here also S     V  vocabulary size (26)
+#          S  keys: all positions of a row       H  heads   K  D / H: the size of a head's vectors
+#          T  queries (here, T = S)              V  vocabulary size (26)
 # =====================================================================================
-
-# =====================================================================================
-# CONSTANTS - change one, run again. After each "Try": the final exact match with SEED 0 to 4.
+# CONSTANTS - change one, run again. Each "Try" gives the final exact match with SEED 0 to 4.
 # =====================================================================================
 # The model
 D_MODEL = 64             # size of a token's vector
 NUM_HEADS = 4            # must divide D_MODEL
-NUM_LAYERS = 2           # in a stack of equal layers. Try 1: 9.3-48.4%.
+NUM_LAYERS = 2           # number of layers. Try 1: 9.3-48.4%.
 D_FF = 256               # hidden size of the feed-forward network
 DROPOUT = 0.0            # fraction of activations set to 0 in training. Try 0.3: 24-91.3%.
 # The task
 NUM_SAMPLES = 6000       # distinct sequences, training and validation
 MAX_DIGITS = 5           # longest sequence
-MASK_SHARE = 0.8         # of the selected tokens, this fraction becomes <MASK>
-RANDOM_SHARE = 0.1       # and this fraction a random token; the rest stays as it is
+MASK_SHARE = 0.8         # fraction of the selected tokens that become <MASK>
+RANDOM_SHARE = 0.1       # fraction that become a random token; the rest are unchanged
 MIN_MASKING_RATE = 0.15  # each row's masking rate is drawn between this and 1 (BERT: 0.15, fixed)
 # The training
 BATCH_SIZE = 64          # rows per step
-LEARNING_RATE = 3e-3     # at its peak. Try 1e-4: 0.7-22.8%.
+LEARNING_RATE = 3e-3     # its peak. Try 1e-4: 0.7-22.8%.
 WARMUP_STEPS = 40        # steps in which the learning rate rises to its peak
-CLIP_NORM = 1.0          # maximum length of the gradient
+CLIP_NORM = 1.0          # maximum norm of the gradient
 NUM_EPOCHS = 8           # passes over the training data, 85 steps each. Try 2: 90.3-100%.
-FINETUNE_EPOCHS = 4      # the same for the classifier
+FINETUNE_EPOCHS = 4      # passes in fine-tuning
 FINETUNE_LEARNING_RATE = 1e-3
 # The run
 SEED = 0                 # weights, data, and masks
@@ -88,21 +82,16 @@ NUM_THREADS = 1          # CPU threads
 # =====================================================================================
 
 
-# -------------------------------------------------------------------------------------
-# 1. Building blocks, in the order in which the data meets them
-# -------------------------------------------------------------------------------------
+# --- 1. Building blocks, in the order in which the data meets them --------------------
 class PositionalEncoding(nn.Module):
-    """Adds a fixed pattern to each token's vector that encodes its position.
+    """Adds a fixed vector to each token's vector that encodes its position.
 
-    Without it, an encoder cannot tell `4 0 7` from `7 0 4`: attention compares vectors, wherever
-    they stand. Dimensions 2i and 2i+1 are a clock hand that turns with the position `pos`. The
-    first pair (i = 0) turns fast, the last pair slowly:
+    Without positions, an encoder cannot tell `4 0 7` from `7 0 4`, because attention ignores order.
+    Each pair of dimensions rotates from one position `pos` to the next, fast in the first pair
+    (i = 0) and slowly in the last. So one matrix maps any position's vector to that of the next.
 
         PE[pos, 2i]   = sin(pos / 10000^(2i/D))
-        PE[pos, 2i+1] = cos(pos / 10000^(2i/D))
-
-    Vaswani et al. 2017, section 3.5. From one position to the next, each hand turns by a fixed
-    angle. So a single matrix maps the pattern of any position to that of its neighbor.
+        PE[pos, 2i+1] = cos(pos / 10000^(2i/D))            Vaswani et al. 2017, section 3.5
     """
 
     def __init__(self, d_model, max_len):
@@ -112,8 +101,7 @@ class PositionalEncoding(nn.Module):
         table = torch.zeros(max_len, d_model)
         table[:, 0::2] = torch.sin(position * frequency)  # (max_len, D/2)
         table[:, 1::2] = torch.cos(position * frequency)
-        # A buffer moves to the GPU with the model but is not trained. Nor is it saved, because the
-        # formula recreates it.
+        # A buffer moves to the GPU with the model. It is not trained, and here it is not saved.
         self.register_buffer("table", table, persistent=False)
 
     def forward(self, x):
@@ -122,41 +110,37 @@ class PositionalEncoding(nn.Module):
 
 
 def attention(queries, keys, values, mask=None, dropout=0.0):
-    """Return softmax(Q K^T / sqrt(K)) V and the attention weights.
+    """Return softmax(Q K^T / sqrt(K)) V and the weights (Vaswani et al. 2017, section 3.2).
 
     queries (B, H, T, K), keys and values (B, H, S, K); mask broadcasts to (B, H, T, S), True = may
-    attend. Returns (B, H, T, K) and the weights (B, H, T, S). Vaswani et al. 2017, section 3.2.
-
-    Each query is compared with each key, and the softmax turns a row of scores into weights that
-    sum to 1. The result is the weighted average of the values. One query and three keys:
+    attend. Each query is compared with each key, and the softmax turns a row of scores into weights
+    that sum to 1. The result is the weighted average of the values. With one query and three keys:
 
         scores  2.0  0.0  2.0    ->   weights  0.47  0.06  0.47
         with the third key masked:    weights  0.88  0.12  0.00
 
-    Why divide by sqrt(K): q.k is a sum of K products. If the entries are independent with mean 0
+    Why divide by sqrt(K)? q.k is a sum of K products. If the entries are independent with mean 0
     and variance 1, the sum has variance K. The softmax of such large scores is almost one-hot, and
-    its gradient is almost zero. attention_by_hand.py shows it in numbers.
+    its gradient is almost zero (attention_by_hand.py, stage 4).
     """
     scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.size(-1))  # (B, H, T, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     weights = torch.softmax(scores, dim=-1)
     if mask is not None:
-        # subtle: a query that may attend to nothing has only -inf, and its softmax is 0/0 = NaN.
-        # It gets zeros instead. (decoder_only.py pads on the left, where this happens.)
+        # subtle: if a query may attend to nothing, its softmax is 0/0 = NaN. Use weights of 0.
+        # (This happens with the left padding of decoder_only.py.)
         weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return F.dropout(weights, dropout) @ values, weights  # (B, H, T, K), (B, H, T, S)
 
 
 class MultiHeadAttention(nn.Module):
-    """Attention in H heads side by side, each on its own slice of K = D / H dimensions.
+    """Attention in H heads in parallel, each with its own K = D / H dimensions.
 
-    Queries come from x, keys and values from memory: a query describes what a position looks for, a
-    key what a position offers, a value the content that it passes on. All three are learned
-    projections. In self-attention, x and memory are the same.
-
-    One softmax can point to one place well; H heads can point to H places, with as many weights and
-    multiplications as one head of full width.
+    Queries are computed from x, keys and values from memory. A query describes what a position
+    looks for, a key what a position offers, and a value the content that it passes on. In
+    self-attention, x and memory are the same. H heads give each query H sets of weights, with as
+    many parameters and multiplications as one head of full width.
     """
 
     def __init__(self, d_model, num_heads, dropout=0.0):
@@ -168,12 +152,12 @@ class MultiHeadAttention(nn.Module):
         self.w_k = nn.Linear(d_model, d_model)
         self.w_v = nn.Linear(d_model, d_model)
         self.w_o = nn.Linear(d_model, d_model)
-        self.formula = attention  # train_all.py can put PyTorch's fused kernel in its place
+        self.formula = attention  # train_all.py can replace it with PyTorch's fused kernel
 
     def split_heads(self, x):
-        """(B, S, D) -> (B, H, S, K): cut the D dimensions of each token into H slices."""
-        # subtle: view as (B, S, H, K) first, then transpose. view(B, H, S, K) has the right shape
-        # too, but it mixes the dimensions of different tokens.
+        """(B, S, D) -> (B, H, S, K): split the D dimensions of each token into H heads."""
+        # subtle: view as (B, S, H, K) first, then transpose. view(B, H, S, K) has the same shape,
+        # but it mixes the dimensions of different tokens.
         return x.view(x.size(0), x.size(1), self.num_heads, self.head_dim).transpose(1, 2)
 
     def merge_heads(self, x):
@@ -191,12 +175,10 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a nonlinearity between them, applied to each position separately.
+    """Two linear layers, applied to each position separately (Vaswani et al. 2017, section 3.3).
 
-        feed_forward(x) = narrow(GELU(widen(x)))               Vaswani et al. 2017, section 3.3
-
-    Without the nonlinearity, the two matrices would collapse into a single one. GELU (Hendrycks and
-    Gimpel 2016) is a smooth ReLU. BERT and GPT-2 use it; the 2017 paper and T5 use ReLU.
+    Without the nonlinearity, the two layers would be equivalent to one. GELU (Hendrycks and Gimpel
+    2016) is a smooth variant of ReLU. BERT and GPT-2 use it; the 2017 paper and T5 use ReLU.
     """
 
     def __init__(self, d_model, d_ff, dropout=0.0):
@@ -216,10 +198,10 @@ class EncoderLayer(nn.Module):
         x = x + attention(norm(x))
         x = x + feed_forward(norm(x))
 
-    The norm (LayerNorm) gives each token's vector mean 0 and variance 1, then a learned gain and
+    LayerNorm scales each token's vector to mean 0 and variance 1, then applies a learned gain and
     shift. The residual `x +` gives gradients a direct path: the derivative of x + f(x) is
-    1 + f'(x). The paper and BERT normalize after the addition (post-norm); GPT-2, T5, and this
-    file normalize before it (pre-norm, Xiong et al. 2020).
+    1 + f'(x). Vaswani et al. 2017 and BERT normalize after the addition (post-norm). GPT-2, T5,
+    and this file normalize the input of each sublayer (pre-norm, Xiong et al. 2020).
     """
 
     def __init__(self, d_model, num_heads, d_ff, dropout=0.0):
@@ -239,16 +221,14 @@ class EncoderLayer(nn.Module):
         return x, weights
 
 
-# -------------------------------------------------------------------------------------
-# 2. The model
-# -------------------------------------------------------------------------------------
+# --- 2. The model ---------------------------------------------------------------------
 class EncoderOnlyTransformer(nn.Module):
-    """Embedding, layers, and a prediction at every position.
+    """An encoder that predicts a token at every position.
 
-    Differs from Devlin et al. 2019: pre-norm instead of post-norm, sinusoidal positions instead of
-    learned ones, the embedding scaled by sqrt(D) and not normalized, no segment embedding (<SEP>
-    separates the two sides), no next-sentence prediction (Liu et al. 2019, RoBERTa, found that it
-    does not help), no extra dense layer before the output.
+    Differs from Devlin et al. 2019: pre-norm instead of post-norm; sinusoidal positions instead of
+    learned ones; the embedding is scaled by sqrt(D) and not normalized; no segment embedding (<SEP>
+    separates the two sides); no next-sentence prediction (Liu et al. 2019, RoBERTa, found that it
+    does not help); no extra dense layer before the output.
     """
 
     def __init__(self, vocab_size=len(VOCABULARY), d_model=64, num_heads=4, num_layers=2, d_ff=256,
@@ -264,23 +244,20 @@ class EncoderOnlyTransformer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(EncoderLayer(d_model, num_heads, d_ff, dropout)
                                     for _ in range(num_layers))
-        self.final_norm = nn.LayerNorm(d_model)  # the last `x +` is not normalized yet
+        self.final_norm = nn.LayerNorm(d_model)  # nothing has normalized the last `x +` yet
         self.output = nn.Linear(d_model, vocab_size)
-        # Tied weights (Press and Wolf 2017): input and output share one table. As the output, it
-        # must be small: with std 0.02 the first predictions are almost uniform, and the first loss
-        # is close to ln V = 3.26. As the input, it is added to positions, whose values have a size
+        # Tied weights (Press and Wolf 2017): input and output share one matrix. The output needs
+        # small weights: with std 0.02, the first predictions are almost uniform, and the first
+        # loss is close to ln V = 3.26. The input is added to positions, whose values have a size
         # of 0.7. So `encode` multiplies it by sqrt(D) = 8 (Vaswani et al. 2017, section 3.4).
-        # Without the factor, 8 epochs end at 0.0 to 0.2% exact match (SEED 0-2).
+        # Without this factor, 8 epochs end at 0.0-0.2% exact match (SEED 0-2).
         self.output.weight = self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.zeros_(self.output.bias)
         self.embedding_scale = math.sqrt(d_model)
 
     def encode(self, tokens, mask=None):
-        """tokens (B, S) -> (B, S, D) and a list of each layer's attention weights (B, H, S, S)
-
-        mask (B, 1, 1, S), or None to mask <PAD>
-        """
+        """tokens (B, S) -> (B, S, D) and a list of each layer's attention weights (B, H, S, S)"""
         if mask is None:
             mask = padding_mask(tokens)  # (B, 1, 1, S)
         x = self.positional_encoding(self.embedding(tokens) * self.embedding_scale)  # (B, S, D)
@@ -305,34 +282,29 @@ class EncoderOnlyTransformer(nn.Module):
         return load_checkpoint(path, cls, device)
 
 
-# -------------------------------------------------------------------------------------
-# 3. What it is trained on: masked language modeling
-# -------------------------------------------------------------------------------------
+# --- 3. What it is trained for: masked language modeling ------------------------------
 def word_positions(tokens):
-    """(B, S) ids -> (B, S) booleans, True where a word stands: after <SEP>, padding excluded."""
+    """Return booleans (B, S), True for words: the tokens after <SEP>, without padding."""
     return (tokens >= FIRST_ORDINARY) & ((tokens == SEP).cumsum(1) > 0)
 
 
 def mask_tokens(tokens, mask_share=0.8, random_share=0.1, min_rate=0.15, generator=None):
-    """Select tokens for the model to predict. tokens (B, S) -> corrupted (B, S), labels (B, S).
+    """Mask some of the tokens (B, S). Returns the corrupted tokens and the labels, (B, S) each.
 
-    Labels hold the original token where one was selected, and IGNORE_INDEX elsewhere. Of the
-    selected tokens, 80% become <MASK>, 10% a random digit or word, and 10% stay (Devlin et al.
-    2019, section 3.1):
+    Of the selected tokens, 80% become <MASK>, 10% a random digit or word, and 10% are unchanged
+    (Devlin et al. 2019, section 3.1). Here, all three words are selected:
 
-        4 0 7 <SEP> four  zero  seven      original
-                    x     x     x          selected
+        4 0 7 <SEP> four   zero  seven     original
         4 0 7 <SEP> <MASK> three seven     corrupted: masked, random, unchanged
-        . . .   .   four  zero  seven      labels
+        . . .   .   four   zero  seven     labels, where . is IGNORE_INDEX
 
-    Why not always <MASK>? Because the text used for fine-tuning contains none, say Devlin et al. A
-    random or unchanged token makes the model predict at ordinary tokens too. On this task it does
-    not help: with <MASK> only, fine-tuning ends at 98-99% instead of 93-96% (SEED 0 and 1).
+    Why not always <MASK>? Devlin et al. answer that fine-tuning never shows <MASK>. On this task it
+    does not help: fine-tuning ends at 91.2-97.5% correct, and with <MASK> only at 97.1-99.5%
+    (SEED 0-2).
 
-    Differs from BERT in what is selected. Digits and words say the same thing, so a coin picks one
-    side per row: if a digit *and* its word were masked, neither could be recovered. And each row
-    draws its own rate between `min_rate` and 1. At BERT's fixed 15%, the model almost never sees a
-    row with all words masked, which is its input when it translates.
+    Unlike BERT, it masks only one side of each row: if a digit *and* its word were masked, neither
+    could be recovered. And each row draws its masking rate between `min_rate` and 1: at BERT's 15%,
+    the model would almost never see all words masked, which is its input when it translates.
     """
     def rand(*shape):
         return torch.rand(*shape, generator=generator, device=tokens.device)
@@ -340,15 +312,13 @@ def mask_tokens(tokens, mask_share=0.8, random_share=0.1, min_rate=0.15, generat
     batch, length = tokens.shape
     words = word_positions(tokens)  # (B, S)
     digits = (tokens >= FIRST_ORDINARY) & ~words
-    candidates = torch.where(rand(batch, 1) < 0.5, words, digits)  # the coin
+    candidates = torch.where(rand(batch, 1) < 0.5, words, digits)  # one side of each row
     rate = min_rate + (1 - min_rate) * rand(batch, 1)  # (B, 1)
-    # The candidate with the lowest draw is always selected, because a batch without any label
-    # would have the loss 0/0 = NaN.
+    # The lowest draw is always selected, because the loss of a batch without labels is 0/0 = NaN.
     draw = rand(batch, length).masked_fill(~candidates, 2.0)  # (B, S)
     selected = candidates & (draw <= torch.maximum(rate, draw.amin(1, keepdim=True)))
 
-    # subtle: one draw decides among the three. A common bug draws twice: 0.8 for <MASK>, then 0.1
-    # for a random token among all selected. The second draw overwrites masks of the first.
+    # subtle: one draw decides among the three. A second draw would overwrite some of the masks.
     action = rand(batch, length)  # (B, S)
     masked = selected & (action < mask_share)
     randomized = selected & (action >= mask_share) & (action < mask_share + random_share)
@@ -362,8 +332,8 @@ def mask_tokens(tokens, mask_share=0.8, random_share=0.1, min_rate=0.15, generat
 def predict(model, batch, mask_share=0.8, random_share=0.1, min_rate=0.15):
     """Run the model on one batch. Returns logits (B, S, V) and labels (B, S).
 
-    In training, tokens are masked at random, so each epoch shows a row in another form. In
-    evaluation, all words are masked, as in translation, so that the loss is reproducible.
+    In training, tokens are masked at random, differently in each epoch. In evaluation, all words
+    are masked, as in translation, so that the loss is reproducible.
     """
     tokens = batch["pair"]  # (B, S)
     if model.training:
@@ -375,15 +345,13 @@ def predict(model, batch, mask_share=0.8, random_share=0.1, min_rate=0.15):
     return model(corrupted, batch["pair_mask"]), labels  # (B, S, V), (B, S)
 
 
-# -------------------------------------------------------------------------------------
-# 4. Using it: fill the masks
-# -------------------------------------------------------------------------------------
+# --- 4. Using it: fill the masks ------------------------------------------------------
 @torch.inference_mode()
 def fill_masks(model, rows):
     """Return `rows` (lists of tokens) with each "<MASK>" replaced by the most likely token.
 
-    All masks of a row are filled in one pass and independently of each other. This is fast, but it
-    suits free text poorly, where the second word depends on the choice of the first.
+    All masks of a row are filled in one pass, independently of each other. This is fast, but it
+    works poorly for free text, where one word depends on the choice of another.
     """
     encoded = [VOCABULARY.encode(row) for row in rows]
     check_rows(encoded, model.vocab_size, model.max_len)
@@ -394,7 +362,7 @@ def fill_masks(model, rows):
 
 
 def translate(model, sequences):
-    """Lists of digits -> lists of words: fill `4 0 7 <SEP> <MASK> <MASK> <MASK>` in one pass."""
+    """Translate lists of digits into words by filling `4 0 7 <SEP> <MASK> <MASK> <MASK>`."""
     check_sequences(sequences)
     filled = fill_masks(model, [[*digits, "<SEP>"] + ["<MASK>"] * len(digits)
                                 for digits in sequences])
@@ -402,26 +370,23 @@ def translate(model, sequences):
 
 
 def translate_back(model, sequences):
-    """Lists of words -> lists of digits: fill `<MASK> <MASK> <MASK> <SEP> four zero seven`.
+    """Translate words into digits by filling `<MASK> <MASK> <MASK> <SEP> four zero seven`.
 
-    A causal model trained on digits, then words, cannot do this in one pass: at the digits, it has
-    not yet read the words.
+    A causal model trained on digits, then words, cannot do this in one pass, because the digits
+    come before the words.
     """
     check_sequences(sequences)
     filled = fill_masks(model, [["<MASK>"] * len(words) + ["<SEP>", *words] for words in sequences])
     return [row[:len(words)] for row, words in zip(filled, sequences)]
 
 
-# -------------------------------------------------------------------------------------
-# 5. Training
-# -------------------------------------------------------------------------------------
+# --- 5. Training ----------------------------------------------------------------------
 def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
     """Return the factor for the learning rate in `step`: linear warmup, then cosine decay.
 
-    It is 1 / warmup_steps in step 0, 1 in step warmup_steps - 1, and final_factor in the last step
-    and after it. Warmup (Vaswani et al. 2017, section 5.3): in the first steps, Adam's averages
-    rest on few gradients, so its steps should be small (Liu et al. 2020, RAdam). Decay (Loshchilov
-    and Hutter 2017): smaller steps let the model settle closer to a minimum.
+    Warmup (Vaswani et al. 2017, section 5.3) keeps the first steps small, in which Adam's averages
+    are based on few gradients (Liu et al. 2020, RAdam). Decay (Loshchilov and Hutter 2017) lets the
+    model get closer to a minimum.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps  # never 0, which would waste the first step
@@ -431,8 +396,7 @@ def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
 
 def create_optimizer(model, learning_rate, total_steps, warmup_steps, weight_decay=0.01):
     """Return (AdamW, scheduler) for `total_steps` steps. Call scheduler.step() after each step."""
-    # fused: one kernel for all parameters. Older versions of PyTorch lack it for Apple's MPS.
-    fused = next(model.parameters()).device.type != "mps"
+    fused = next(model.parameters()).device.type != "mps"  # one kernel; older MPS builds lack it
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay,
                                   fused=fused)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -441,10 +405,7 @@ def create_optimizer(model, learning_rate, total_steps, warmup_steps, weight_dec
 
 
 def cross_entropy(logits, labels):
-    """Return the mean cross-entropy: -log(probability of the label), in nats, over all labels.
-
-    logits (B, T, V), labels (B, T). A uniform guess among V tokens costs ln V = 3.26 nats.
-    """
+    """Return the mean of -log(probability of the label) in nats. A uniform guess: ln 26 = 3.26."""
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
 
 
@@ -454,16 +415,16 @@ def compute_loss(model, batch):
 
 
 def train_epoch(model, loader, optimizer, scheduler, clip_norm, loss_function=compute_loss):
-    """Train on each batch of `loader` once. Returns the mean of the losses on the way."""
+    """Train for one epoch on `loader`. Returns the mean loss of its batches."""
     model.train()
     device = next(model.parameters()).device
     total = 0.0
     for batch in tqdm(loader, ascii=True, leave=False, disable=None):  # no bar without a terminal
         loss = loss_function(model, to_device(batch, device))
         check_finite(loss.item(), scheduler.last_epoch)
-        optimizer.zero_grad()  # backward() adds to the gradients of the step before
+        optimizer.zero_grad()  # otherwise backward() adds to the gradients of the previous step
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # limit its length, not direction
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # keeps the direction
         optimizer.step()
         scheduler.step()
         total += loss.item()
@@ -475,10 +436,8 @@ def evaluate(model, loader):
     """Evaluate the model on `loader`. Returns a dict with:
 
     loss         mean cross-entropy over the labels
-    accuracy     fraction of labels that are the most likely token; for the two decoders, given the
-                 correct tokens before it
-    exact_match  fraction of sequences that `translate` gets correct from the first token to the
-                 last. Trust this number: one wrong token makes the sequence wrong
+    accuracy     fraction of labels that are the most likely token (decoders: after correct tokens)
+    exact_match  fraction of sequences that `translate` gets entirely correct
     examples     (digits, expected words, written words) of each sequence, mistakes first
     """
     model.eval()
@@ -487,8 +446,7 @@ def evaluate(model, loader):
     for batch in loader:
         logits, labels = predict(model, to_device(batch, device))
         counts = labels != IGNORE_INDEX  # (B, T)
-        # subtle: sum over labels and divide once. A mean of the batches' means would give the
-        # labels of a small last batch more weight.
+        # subtle: sum and divide once. A mean of means gives a small last batch too much weight.
         loss_sum += F.cross_entropy(logits[counts], labels[counts], reduction="sum").item()
         num_correct += (logits.argmax(-1) == labels)[counts].sum().item()
         num_labels += counts.sum().item()
@@ -499,20 +457,15 @@ def evaluate(model, loader):
             "exact_match": num_exact / len(examples), "examples": examples}
 
 
-# -------------------------------------------------------------------------------------
-# 6. What BERT is used for: a small layer on top of a pretrained model
-# -------------------------------------------------------------------------------------
+# --- 6. Fine-tuning: a small layer on top of the pretrained model ---------------------
 def corrupt_one_word(tokens, generator=None):
-    """Replace one word by another word in about half of the rows. (B, S) -> (B, S), labels (B,)
-
-    The label is 1 if the words still match the digits, and 0 if one was replaced.
-    """
+    """Replace a word in about half of the rows. (B, S) -> (B, S), labels (B,): 1 = still correct"""
     def rand(*shape):
         return torch.rand(*shape, generator=generator, device=tokens.device)
 
     zero = VOCABULARY.ids["zero"]
     draw = rand(*tokens.shape).masked_fill(~word_positions(tokens), -1.0)  # (B, S)
-    position = draw.argmax(1, keepdim=True)  # (B, 1): a random word of each row
+    position = draw.argmax(1, keepdim=True)  # (B, 1): the index of a random word in each row
     word = tokens.gather(1, position)  # (B, 1)
     other = zero + (word - zero + 1 + (9 * rand(*word.shape)).long()) % 10  # one of the other nine
     matches = rand(*word.shape) < 0.5
@@ -520,12 +473,12 @@ def corrupt_one_word(tokens, generator=None):
 
 
 class MatchClassifier(nn.Module):
-    """`4 0 7 <SEP> four zero seven` -> do the words match? An encoder and a linear layer.
+    """Predicts whether the words match the digits, with an encoder and a linear layer on top.
 
         4   0  <SEP> four zero <PAD>       tokens
         v1  v2  v3   v4   v5    -          their vectors after the encoder
         (v1 + v2 + v3 + v4 + v5) / 5       the mean over the real tokens
-        logits for 0 and 1                 the new layer, 130 weights at D = 64
+        logits for 0 and 1                 the new layer, 130 parameters at D = 64
 
     Devlin et al. 2019 use the vector of an extra [CLS] token instead of the mean.
     """
@@ -540,24 +493,21 @@ class MatchClassifier(nn.Module):
         mask = padding_mask(tokens)  # (B, 1, 1, S)
         hidden, _ = self.encoder.encode(tokens, mask)  # (B, S, D)
         real = mask[:, 0, 0, :, None]  # (B, S, 1)
-        # subtle: hidden.mean(1) would average over the padding too. The answer for a row would
-        # then depend on the length of the other rows in its batch.
+        # subtle: hidden.mean(1) would average over the padding too. The prediction for a row would
+        # then depend on the lengths of the other rows in its batch.
         pooled = (hidden * real).sum(1) / real.sum(1)  # (B, D)
         return self.head(pooled)  # (B, 2)
 
 
 def classifier_loss(classifier, batch):
-    """Return the mean cross-entropy of the labels. Each step corrupts other rows and words."""
+    """Return the mean cross-entropy of the labels. Each call corrupts other rows and words."""
     tokens, labels = corrupt_one_word(batch["pair"])
     return F.cross_entropy(classifier(tokens), labels)
 
 
 @torch.no_grad()
 def evaluate_classifier(classifier, loader, seed=0):
-    """Return the fraction of correct answers, with half of `loader`'s rows corrupted.
-
-    The same `seed` corrupts the same rows.
-    """
+    """Return the accuracy on `loader`. The same `seed` corrupts the same rows."""
     classifier.eval()
     device = next(classifier.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -571,7 +521,7 @@ def evaluate_classifier(classifier, loader, seed=0):
 
 def fine_tune(encoder, train_loader, val_loader, num_epochs, learning_rate, warmup_steps,
               clip_norm):
-    """Train a classifier on top of a copy of `encoder`. Returns its score after each epoch."""
+    """Train a classifier on top of a copy of `encoder`. Returns its accuracy after each epoch."""
     classifier = MatchClassifier(encoder).to(encoder.embedding.weight.device)
     optimizer, scheduler = create_optimizer(classifier, learning_rate,
                                             num_epochs * len(train_loader), warmup_steps)
@@ -583,15 +533,13 @@ def fine_tune(encoder, train_loader, val_loader, num_epochs, learning_rate, warm
 
 
 def print_scores(pretrained, from_scratch):
-    """Print two lists of scores, a row per epoch. The first list may be shorter."""
+    """Print two lists of scores side by side, a row per epoch. The first list may be shorter."""
     for epoch, score in enumerate(from_scratch, 1):
         before = f"{pretrained[epoch - 1]:6.1%}" if epoch <= len(pretrained) else "      "
         print(f"  epoch {epoch:2d}   correct: pretrained {before}   from scratch {score:6.1%}")
 
 
-# -------------------------------------------------------------------------------------
-# 7. Looking inside
-# -------------------------------------------------------------------------------------
+# --- 7. Looking inside ----------------------------------------------------------------
 @torch.inference_mode()
 def show_predictions(model, text):
     """Print the five most likely tokens at the first <MASK> in `text`."""
@@ -607,9 +555,9 @@ def show_predictions(model, text):
 
 @torch.inference_mode()
 def attention_of_masks(model, row):
-    """Return what the masked tokens of `row` attend to: weights (layers, H, M, S).
+    """Return the attention weights (layers, H, M, S) of the M masked tokens of `row`.
 
-    And the positions of the tokens on the other side: mask number i stands for token number i.
+    Also returns the positions of the tokens on the other side. Mask i corresponds to token i.
     """
     model.eval()
     masked = [i for i, token in enumerate(row) if token == "<MASK>"]
@@ -620,10 +568,7 @@ def attention_of_masks(model, row):
 
 
 def alignment(model, sequences):
-    """For each layer and head: how often does a masked word attend most to its own digit?
-
-    sequences: lists of digits, whose words are all masked. Returns fractions (layers, H).
-    """
+    """Return the fraction of masked words that attend most to their own digit, (layers, H)."""
     hits, total = 0, 0
     for digits in sequences:
         weights, others = attention_of_masks(model, [*digits, "<SEP>"] + ["<MASK>"] * len(digits))
@@ -643,9 +588,8 @@ def show_alignment(model, sequences):
 def show_attention(model, row):
     """Print what the masked tokens of `row` attend to.
 
-    It shows the layer and head with the best pattern: mask number i gives most weight to token
-    number i of the other side. Attention weights show where a layer looked, not why (Jain and
-    Wallace 2019).
+    It shows the layer and head in which mask i gives the most weight to token i of the other side,
+    on average. Attention weights do not explain a prediction by themselves (Jain and Wallace 2019).
     """
     weights, others = attention_of_masks(model, row)  # (layers, H, M, S)
     own = weights[..., others].diagonal(dim1=-2, dim2=-1).mean(-1)  # (layers, H)
@@ -654,9 +598,7 @@ def show_attention(model, row):
     print_attention(weights[layer, head], [f"<MASK> {n + 1}" for n in range(len(others))], row)
 
 
-# -------------------------------------------------------------------------------------
-# 8. The run
-# -------------------------------------------------------------------------------------
+# --- 8. The run -----------------------------------------------------------------------
 def main():
     check_constants(globals())
     torch.manual_seed(SEED)
@@ -683,7 +625,7 @@ def main():
     save_model(model, CHECKPOINTS / "encoder_only.pt")
 
     print("\n2. Fine-tuning: do the words match the digits? (A guess is correct in 50%.) Training "
-          "from\n   scratch also gets the steps that pretraining had")
+          "from\n   scratch also gets the steps of pretraining")
     untrained = EncoderOnlyTransformer(**model.arguments).to(device)
     settings = (FINETUNE_LEARNING_RATE, WARMUP_STEPS, CLIP_NORM)
     pretrained = fine_tune(model, train_loader, val_loader, FINETUNE_EPOCHS, *settings)
@@ -694,7 +636,7 @@ def main():
     digits = [digits for digits, _, _ in result["examples"]]
     words = [words for _, words, _ in result["examples"]]
     example = max(digits, key=len)
-    print("\n3. One masked token, its five most likely tokens")
+    print("\n3. The five most likely tokens at one <MASK>")
     words_of = translate(model, [example])[0]
     show_predictions(model, " ".join(["<MASK>", *example[1:], "<SEP>", *words_of]))
     show_predictions(model, " ".join([*example, "<SEP>", "<MASK>", *words_of[1:]]))
@@ -705,23 +647,19 @@ def main():
 
     print("\n5. Held-out examples, mistakes first")
     print_examples(result["examples"])
-    print("  and back")
+    print("  and words to digits")
     back = translate_back(model, words)
     print_examples(sorted(zip(words, digits, back), key=lambda e: e[1] == e[2]), 2)
 
     print(f"\nResult on {len(digits)} held-out sequences")
-    print("  digits to words, all masks in one pass (length given)   exact match "
-          f"{result['exact_match']:6.1%}")
-    print("  words to digits, the same weights                       exact match "
-          f"{exact_match(back, digits):6.1%}")
-    print("  do the words match? pretrained                          correct     "
-          f"{pretrained[-1]:6.1%}")
-    print("  the same from scratch, with the steps of pretraining    correct     "
-          f"{from_scratch[-1]:6.1%}")
+    print(f"  digits to words, length given        exact match {result['exact_match']:6.1%}")
+    print(f"  words to digits, the same weights    exact match {exact_match(back, digits):6.1%}")
+    print(f"  do the words match? pretrained       correct     {pretrained[-1]:6.1%}")
+    print(f"  from scratch, with as many steps     correct     {from_scratch[-1]:6.1%}")
 
 
 def answer(tokens):
-    """Translate `tokens`, typed after the script's name, with the saved model."""
+    """Translate `tokens` from the command line with the saved model."""
     known = WORDS if tokens[0] in WORDS else DIGITS
     check_known(tokens, known, "python encoder_only.py 4 0 7")
     model = EncoderOnlyTransformer.load(CHECKPOINTS / "encoder_only.pt", choose_device(DEVICE))

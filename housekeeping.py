@@ -1,13 +1,11 @@
 """
 housekeeping.py - checks, checkpoints, and running a script
 
-Nothing in this file is about transformers. Skip it on a first reading.
+Nothing in this file is about transformers. Skip it on a first reading. All scripts use it:
 
-It holds what every script needs and no lesson should have to repeat:
-
-    check_constants, check_arguments    one table of valid values
-    save_model, load_checkpoint         files that a crash cannot corrupt
-    run_script                          one line for a mistake that you can fix, else a traceback
+    check_constants, check_arguments    compare values with one table of rules
+    save_model, load_checkpoint         write files that a crash cannot corrupt, and load them
+    run_script                          print one line for a mistake in the input, or a traceback
 """
 import contextlib
 import hashlib
@@ -26,13 +24,11 @@ CHECKPOINTS = ROOT / "checkpoints"
 
 
 class InputError(ValueError):
-    """A mistake that the user can fix. The message is one line: what was wrong, and what works."""
+    """A mistake in the input. The message is one line that says what is wrong and what works."""
 
 
-# -------------------------------------------------------------------------------------
-# Constants and arguments
-# -------------------------------------------------------------------------------------
-# name: (type, lowest, highest, an example). A constant and its argument share a rule.
+# --- Constants and arguments ----------------------------------------------------------
+# name: (type, lowest, highest, an example). D_MODEL and d_model share a rule.
 RULES = {
     # the model
     "D_MODEL": (int, 2, 16384, 64), "D_FF": (int, 1, 65536, 256), "NUM_HEADS": (int, 1, 1024, 4),
@@ -72,8 +68,8 @@ def check_value(name, value):
     if kind is tuple:
         if not isinstance(value, tuple) or not value or not all(
                 type(one) is int and 1 <= one <= 5000 for one in value):
-            raise InputError(f"{name}={value!r} is not a tuple of whole numbers: use one such as "
-                             "(2, 8)")
+            raise InputError(f"{name}={value!r} is not a tuple of whole numbers from 1 to 5000: "
+                             "use one such as (2, 8)")
         return
     if kind is bool or isinstance(kind, tuple):
         allowed = (True, False) if kind is bool else kind
@@ -84,7 +80,7 @@ def check_value(name, value):
     # bool is a subclass of int: without this test, NUM_LAYERS=True would build one layer.
     if isinstance(value, bool) or not isinstance(value, (int, kind)):
         raise InputError(f"{name}={value!r} is not {KIND[kind]}: use one such as {example}")
-    if not lowest <= value <= highest:  # also true for nan, which is neither
+    if not lowest <= value <= highest:  # NaN fails this test too
         shown = value if isinstance(value, float) or abs(value) < 10 ** 20 else "(a huge number)"
         raise InputError(f"{name}={shown} is out of range: use {lowest} to {highest}, "
                          f"such as {example}")
@@ -101,11 +97,11 @@ def check_arguments(**arguments):
 
 
 def check_filters(temperature, top_k, top_p):
-    """Raise InputError unless logits can be filtered with these values."""
+    """Raise InputError unless these values can filter logits."""
     check_arguments(temperature=temperature, top_k=top_k, top_p=top_p)
     if temperature < 1e-30:  # dividing by it gives NaN
-        raise InputError(f"temperature={temperature} leaves no distribution: use 0.01 or more, or "
-                         "greedy generation")
+        raise InputError(f"temperature={temperature} is too small for sampling: use 0.01 or more, "
+                         "or greedy generation")
 
 
 def check_sizes(d_model, num_heads, names=("d_model", "num_heads")):
@@ -136,20 +132,20 @@ def check_constants(constants):
     check_sizes(get("D_MODEL", 2), get("NUM_HEADS", 1), ("D_MODEL", "NUM_HEADS"))
     if get("MASK_SHARE", 0) + get("RANDOM_SHARE", 0) > 1:
         raise InputError(f"MASK_SHARE={get('MASK_SHARE')} and RANDOM_SHARE={get('RANDOM_SHARE')} "
-                         "add up to more than 1: use 0.8 and 0.1")
+                         "sum to more than 1: use 0.8 and 0.1")
     if get("MIN_LEARNING_RATE", 0) > get("LEARNING_RATE", math.inf):
         raise InputError(f"MIN_LEARNING_RATE={get('MIN_LEARNING_RATE')} is above "
                          f"LEARNING_RATE={get('LEARNING_RATE')}: use less")
     device = choose_device(get("DEVICE", "cpu"))
     if get("PRECISION") == "float16" and device.type != "cuda":
-        raise InputError("PRECISION='float16' needs a CUDA device, and DEVICE is "
+        raise InputError("PRECISION='float16' needs a CUDA device, but DEVICE is "
                          f"{get('DEVICE')!r}: use 'bfloat16'")
     if get("COMPILE"):
         check_compiler(device)
 
 
 def choose_device(name):
-    """Return the torch.device `name`: "cpu", "cuda", "cuda:1", or "mps", if this machine has it."""
+    """Return the torch.device `name`, such as "cpu". Raises InputError if it is not available."""
     available = ["cpu"]
     if torch.cuda.is_available():
         available += ["cuda"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -162,19 +158,17 @@ def choose_device(name):
 
 
 def check_compiler(device):
-    """Raise InputError unless torch.compile works here. It needs a C++ compiler, or Triton."""
+    """Raise InputError unless torch.compile works here. It needs a C++ compiler or Triton."""
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
-    except Exception as error:  # the compiler can fail in many ways, and all of them mean the same
+    except Exception as error:  # the compiler can raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
         raise InputError(f"COMPILE=True does not work here ({reason}): use False") from error
 
 
-# -------------------------------------------------------------------------------------
-# Sequences
-# -------------------------------------------------------------------------------------
+# --- Sequences ------------------------------------------------------------------------
 def is_list(value):
-    """Is `value` a list or tuple with something in it?"""
+    """Return True if `value` is a list or tuple that is not empty."""
     return isinstance(value, (list, tuple)) and len(value) > 0
 
 
@@ -182,22 +176,22 @@ def check_rows(rows, vocab_size, max_len, new_tokens=0):
     """Raise InputError unless `rows` is a list of lists of token ids that fit a model of this size.
 
     new_tokens: how many more tokens each row must have room for. Forward passes check nothing,
-    because looking at the values of a tensor makes a GPU wait in every step.
+    because reading the values of a tensor would make a GPU wait in every step.
     """
     if not is_list(rows) or not all(is_list(row) for row in rows):
-        raise InputError("give at least one row, with at least one token id in each, as a list of "
-                         "lists such as [[10, 6, 13], [9]]")
+        raise InputError("rows must be a list of lists with at least one token id each: use one "
+                         "such as [[10, 6, 13], [9]]")
     for row in rows:
         for token in row:
             if type(token) is not int or not 0 <= token < vocab_size:
                 raise InputError(f"token id {token!r} is outside the vocabulary: use whole numbers "
                                  f"from 0 to {vocab_size - 1}")
         if not any(row):  # <PAD> is 0
-            raise InputError("a row contains nothing but <PAD>: give it at least one token")
+            raise InputError("a row contains only <PAD>: add at least one other token")
     longest = max(map(len, rows)) + new_tokens
     if longest > max_len:
-        raise InputError(f"a row needs {longest} positions, but the model was built with "
-                         f"max_len={max_len}: shorten it, or build the model with a larger max_len")
+        raise InputError(f"a row needs {longest} positions, but the model has max_len={max_len}: "
+                         "shorten the row, or build the model with a larger max_len")
 
 
 def check_sequences(sequences):
@@ -217,43 +211,42 @@ def check_known(tokens, known, example):
 
 
 def check_finite(value, step, what="loss"):
-    """Raise InputError if `value` is inf or nan: one NaN reaches every weight in one step."""
+    """Raise InputError if `value` is infinite or NaN: one NaN reaches every weight in one step."""
     if not math.isfinite(value):
         raise InputError(f"the {what} became {value} at step {step}: try a tenth of LEARNING_RATE, "
-                         "or look for a division by zero or a log of zero in what you changed")
+                         "or look in your changes for a division by zero or a log of zero")
 
 
-# -------------------------------------------------------------------------------------
-# Files
-# -------------------------------------------------------------------------------------
+# --- Files ----------------------------------------------------------------------------
 def write_atomically(path, content):
     """Write bytes to `path` completely, or raise OSError and leave the old file intact."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps two runs from writing to one temporary file.
+    # The process id keeps two runs from writing to the same temporary file.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)  # a rename happens completely or not at all
+        os.replace(temporary, path)  # the rename is atomic
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def tensors_to_bytes(value):
-    """Return what torch.save would write. A plain write then reports a full disk as an OSError."""
+    """Return what torch.save would write. Writing these bytes to a full disk raises OSError."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
 def tensors_from_bytes(content, device="cpu"):
-    """Return the tensors and plain values in `content`. Raises any exception if it is damaged.
+    """Return the tensors and plain values in `content`. Raises anything if it is damaged.
 
-    torch.load ignores the checksums of the zip format, so a flipped bit loads as a wrong weight.
-    weights_only=True refuses code. A plain pickle can do anything when it is loaded.
+    torch.load ignores the checksums of the zip format, so a flipped bit would load as a wrong
+    weight. They are verified here. weights_only=True prevents the code execution that pickle
+    allows.
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         if archive.testzip() is not None:
@@ -262,7 +255,7 @@ def tensors_from_bytes(content, device="cpu"):
 
 
 def save_checkpoint(path, model):
-    """Write class name, constructor arguments, and weights of `model` to `path`. Raises OSError."""
+    """Write the class name, arguments, and weights of `model` to `path`. Raises OSError."""
     write_atomically(path, tensors_to_bytes({
         "architecture": type(model).__name__, "arguments": model.arguments,
         "weights": model.state_dict()}))
@@ -273,7 +266,7 @@ def load_checkpoint(path, model_class, device="cpu"):
     path, device, name = Path(path), choose_device(str(device)), model_class.__name__
     shown = f"{path.parent.name}/{path.name}"
     if not path.is_file():
-        raise InputError(f"no checkpoint at {shown}: run the script of that name first")
+        raise InputError(f"no checkpoint at {shown}: run the script with that name first")
     try:
         checkpoint = dict(tensors_from_bytes(path.read_bytes(), device))
         architecture = checkpoint["architecture"]
@@ -281,7 +274,7 @@ def load_checkpoint(path, model_class, device="cpu"):
     except OSError as error:
         raise InputError(f"{shown} cannot be read ({error.strerror}): check its permissions") \
             from error
-    except Exception as error:  # a damaged file can fail in any way
+    except Exception as error:  # a damaged file can raise anything
         raise InputError(f"{shown} is damaged or not a checkpoint ({type(error).__name__}): "
                          "delete it and train again") from error
     if architecture != name:
@@ -294,28 +287,27 @@ def load_checkpoint(path, model_class, device="cpu"):
         raise InputError(f"{shown} does not fit this version of {name}: "
                          "delete it and train again") from error
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise InputError(f"{shown} contains weights that are not numbers: delete it and train "
+        raise InputError(f"{shown} contains weights that are NaN or infinite: delete it and train "
                          "again")
     return model
 
 
 def save_model(model, path):
-    """Save `model` and say so. Returns False if that fails: a full disk must not end the script."""
+    """Save `model` and return True. If that fails, print a warning and return False."""
     try:
         model.save(path)
     except OSError as error:
         print(f"warning: could not save {path.parent.name}/{path.name} ({error.strerror}): "
-              "the model is not on disk")
+              "the model was not saved")
         return False
     print(f"saved {path.parent.name}/{path.name}")
     return True
 
 
 def code_hash(script, constants):
-    """Return 8 hex digits that change whenever a top-level script changes.
+    """Return 8 hex digits that change with any top-level script.
 
-    Lines of the file `script` that set one of `constants` do not count, because a run compares
-    their values.
+    The lines of `script` that set `constants` are left out, because a run compares their values.
     """
     digest = hashlib.sha256()
     for path in sorted(ROOT.glob("*.py")):
@@ -327,12 +319,10 @@ def code_hash(script, constants):
     return digest.hexdigest()[:8]
 
 
-# -------------------------------------------------------------------------------------
-# Running
-# -------------------------------------------------------------------------------------
+# --- Running --------------------------------------------------------------------------
 @contextlib.contextmanager
 def evaluation_mode(model):
-    """Switch dropout off inside the `with` block. Afterward the model has its old mode again."""
+    """Set `model` to evaluation mode inside the `with` block, and restore its mode afterward."""
     was_training = model.training
     model.eval()
     try:
@@ -344,8 +334,8 @@ def evaluation_mode(model):
 def run_script(main, answer=None):
     """Call `main()`, or `answer(words)` if words follow the script's name on the command line.
 
-    InputError ends in one line and exit code 2, Ctrl-C in one line and 130. Every other exception
-    keeps its traceback, because it comes from code that somebody changed.
+    InputError prints one line and exits with code 2, Ctrl-C prints one line and exits with 130.
+    Other exceptions keep their traceback, because they come from code that a reader has changed.
     """
     words = sys.argv[1:]
     try:
@@ -355,12 +345,12 @@ def run_script(main, answer=None):
             answer(words)
         else:
             raise InputError(f"{Path(sys.argv[0]).name} takes no arguments: change the constants "
-                             "at its top instead")
+                             "at the top of the file instead")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C; files that were already saved are intact", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of the output, such as `| head`, has closed it
+    except BrokenPipeError:  # the program that reads the output, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

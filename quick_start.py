@@ -1,24 +1,25 @@
 """
-quick_start.py - three transformers, trained in front of you, on one task
+quick_start.py - train three transformers on one task and compare them
 
 Digits in, words out:   4 0 7  ->  four zero seven
 
-All three models learn from the same sequences. They are scored by exact match on the same held-out
-sequences: the fraction that is correct from the first word to the last. The two decoders must also
-predict <EOS> in the right place. The models are saved to checkpoints/, over those of earlier runs.
+All three models learn from the same sequences. They are scored by exact match: the fraction of
+held-out sequences in which every word is correct. The two decoders must also predict <EOS> in the
+right place. The models are saved to checkpoints/, where they replace those of earlier runs.
 
 Run it:     python quick_start.py        (about 15 seconds on one CPU core)
 
 The last lines should be close to:
 
-    Result on 601 held-out sequences. Passes: through a stack of layers, to translate 5 digits
+    Result on 601 held-out sequences (passes: runs of a stack of layers, to translate 5 digits)
     architecture        parameters   seconds  passes  exact match
     encoder-only           101,786       3.8       1       100.0%
     decoder-only           101,760       3.6       6       100.0%
     encoder-decoder        235,392       5.2       7        99.8%
     The encoder-only model is given the output length, one <MASK> per digit.
 
-(6 passes: five words and <EOS>. 7 passes: these and one through the encoder.)
+The decoder-only model makes 6 passes: one per word and one for <EOS>. The encoder-decoder makes one
+more, through its encoder.
 
 WHAT TO READ NEXT   attention_by_hand.py (one query and three keys), tiny_gpt.py (a whole GPT on one
 screen), toy_dataset.py (the task), encoder_only.py, decoder_only.py, encoder_decoder.py.
@@ -39,18 +40,18 @@ from toy_dataset import VOCABULARY, create_dataloaders, print_examples
 # =====================================================================================
 D_MODEL = 64             # size of a token's vector, in all three models
 NUM_HEADS = 4            # must divide D_MODEL
-NUM_LAYERS = 2           # the encoder-decoder has as many in each of its two stacks
+NUM_LAYERS = 2           # per stack; the encoder-decoder has two stacks
 D_FF = 256               # hidden size of the feed-forward network
 DROPOUT = 0.0            # fraction of activations set to 0 in training
 NUM_SAMPLES = 6000       # distinct sequences; one in ten is held out
 MAX_DIGITS = 5           # longest sequence
 BATCH_SIZE = 32          # rows per step
-LEARNING_RATE = 3e-3     # at its peak
+LEARNING_RATE = 3e-3     # its peak
 WARMUP_STEPS = 40        # steps in which the learning rate rises to its peak
-CLIP_NORM = 1.0          # maximum length of the gradient
-NUM_EPOCHS = 3           # passes over the data, 169 steps each. Try 1: here they differ.
+CLIP_NORM = 1.0          # maximum norm of the gradient
+NUM_EPOCHS = 3           # passes over the data, 169 steps each. Try 1: the models differ.
 SEED = 0                 # weights and data
-NUM_EXAMPLES = 4         # shown per architecture, mistakes first
+NUM_EXAMPLES = 4         # printed per architecture, mistakes first
 DEVICE = "cpu"           # or "cuda", "mps"
 NUM_THREADS = 1          # CPU threads
 # =====================================================================================
@@ -64,10 +65,7 @@ ARCHITECTURES = {
 
 
 def count_passes(model, run):
-    """Return how often `run()` sends something through a stack of layers of `model`.
-
-    It counts the calls of each stack's last norm. The encoder-decoder has two stacks.
-    """
+    """Return how often `run()` runs a stack of layers of `model`: the calls of its last norm."""
     calls = []
     names = ("final_norm", "encoder_norm")
     norms = [getattr(model, name) for name in names if hasattr(model, name)]
@@ -85,7 +83,7 @@ def main():
     rows, examples = [], {}
     for name, (script, model_class, file) in ARCHITECTURES.items():
         torch.manual_seed(SEED)
-        # The same seed for each: the same sequences, and batches in the same order.
+        # With the same seed, every model sees the same sequences in the same order.
         train_loader, val_loader = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED)
         model = model_class(len(VOCABULARY), D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF,
                             DROPOUT).to(device)
@@ -112,8 +110,8 @@ def main():
         print(f" {name}")
         print_examples(shown, NUM_EXAMPLES)
 
-    print(f"\nResult on {len(examples[name])} held-out sequences. Passes: through a stack of "
-          f"layers, to translate {len(longest)} digits")
+    print(f"\nResult on {len(examples[name])} held-out sequences (passes: runs of a stack of "
+          f"layers, to translate {len(longest)} digits)")
     print(f"{'architecture':18s}{'parameters':>12s}{'seconds':>10s}{'passes':>8s}"
           f"{'exact match':>13s}")
     for name, parameters, seconds, passes, exact_match in rows:

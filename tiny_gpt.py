@@ -1,7 +1,7 @@
 """
-tiny_gpt.py - a GPT in 90 lines: data, attention, model, training, generation, and a score. It
+tiny_gpt.py - a GPT in 90 lines: data, attention, model, training, generation, and evaluation. It
 learns to continue `4 0 7 =` with `four zero seven .`   Run it: python tiny_gpt.py  (7 seconds)
-It ends with `exact match on 511 held-out numbers: 100.0%`. New to attention? attention_by_hand.py
+It should end with `exact match on 511 held-out numbers: 100.0%`. New here? attention_by_hand.py
 """
 import random
 import torch
@@ -11,18 +11,18 @@ from torch import nn
 SEED, STEPS, ROWS, D, HEADS, LAYERS = 0, 700, 64, 64, 4, 2  # each token is a vector of D numbers
 random.seed(SEED)
 torch.manual_seed(SEED)
-torch.set_num_threads(1)  # on a busy machine, two threads wait for each other
+torch.set_num_threads(1)  # several threads are slower here
 
-# The data: all numbers of 1 to 5 digits. The first tenth of each length is held out.
+# The data: all numbers of 1 to 5 digits, shuffled. The first tenth of each length is held out.
 WORDS = "zero one two three four five six seven eight nine".split()
 TOKENS = [".", "=", *"0123456789", *WORDS]
 NUMBERS = [random.sample([f"{i:0{n}d}" for i in range(10 ** n)], 10 ** n) for n in range(1, 6)]
 
-def encode(number):  # "407" -> the positions in TOKENS of 4 0 7 = four zero seven .
+def encode(number):  # "407" -> the token ids of 4 0 7 = four zero seven .
     return [TOKENS.index(t) for t in [*number, "=", *(WORDS[int(digit)] for digit in number), "."]]
 
-# The model, for B rows of T tokens. HEADS attentions side by side, each on K = D / HEADS numbers.
-def attention(q, k, v):  # (B, HEADS, T, K) each: compares q with k, averages v
+# The model, for B rows of T tokens. HEADS heads run in parallel, each with K = D / HEADS numbers.
+def attention(q, k, v):  # (B, HEADS, T, K) each: compare queries with keys, average values
     scores = q @ k.transpose(-2, -1) / q.size(-1) ** 0.5  # (B, HEADS, T, T): q . k / sqrt(K)
     causal = torch.ones_like(scores, dtype=torch.bool).tril()  # no attention to later tokens
     weights = scores.masked_fill(~causal, float("-inf")).softmax(-1)  # each row sums to 1
@@ -31,7 +31,7 @@ def attention(q, k, v):  # (B, HEADS, T, K) each: compares q with k, averages v
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)  # to mean 0 and variance 1
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)  # mean 0, variance 1
         self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in range(4))
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
 
@@ -41,8 +41,8 @@ class Block(nn.Module):
         return self.o(attention(q, k, v).transpose(1, 2).flatten(2))  # (B, T, D)
 
     def forward(self, x):
-        x = x + self.self_attention(self.norm1(x))  # attends to itself and earlier tokens
-        return x + self.mlp(self.norm2(x))  # each token is processed on its own
+        x = x + self.self_attention(self.norm1(x))  # each token attends to tokens 0 to t
+        return x + self.mlp(self.norm2(x))  # processes each token on its own
 
 class GPT(nn.Module):
     def __init__(self):
@@ -51,12 +51,12 @@ class GPT(nn.Module):
         self.blocks = nn.Sequential(*[Block() for _ in range(LAYERS)])
         self.norm = nn.LayerNorm(D)
 
-    def forward(self, tokens):  # (B, T) -> (B, T, 22) logits: how likely is each next token?
-        speeds = 10000.0 ** (-torch.arange(0, D, 2) / D)  # (D / 2,): clock hands, fast to slow
-        angles = torch.arange(tokens.size(1))[:, None] * speeds  # (T, D / 2)
-        positions = torch.stack([angles.sin(), angles.cos()], -1).flatten(1)  # (T, D): the order
+    def forward(self, tokens):  # (B, T) -> (B, T, 22): a score for each possible next token
+        speeds = 10000.0 ** (-torch.arange(0, D, 2) / D)  # (D / 2,): from fast to slow
+        angles = torch.arange(tokens.size(1))[:, None] * speeds  # (T, D / 2): grow with t
+        positions = torch.stack([angles.sin(), angles.cos()], -1).flatten(1)  # (T, D)
         x = self.blocks(self.embedding[tokens] * D ** 0.5 + positions)  # (B, T, D)
-        return self.norm(x) @ self.embedding.T  # compare with the vector of every token
+        return self.norm(x) @ self.embedding.T  # dot product with the vector of every token
 
 @torch.no_grad()
 def generate(model, tokens, count):  # append the most likely next token, `count` times
@@ -67,7 +67,7 @@ def generate(model, tokens, count):  # append the most likely next token, `count
 model = GPT()
 optimizer = torch.optim.AdamW(model.parameters())
 for step in range(1, STEPS + 1):
-    optimizer.param_groups[0]["lr"] = 2e-3 * min(1, step / 40) * (1 - step / STEPS)  # up, down
+    optimizer.param_groups[0]["lr"] = 2e-3 * min(1, step / 40) * (1 - step / STEPS)  # warmup, decay
     numbers = random.choice(NUMBERS)  # one length per step, so that no row needs padding
     batch = random.choices(numbers[len(numbers) // 10:], k=ROWS)
     rows, n = torch.tensor([encode(number) for number in batch]), len(batch[0])
@@ -86,5 +86,5 @@ for n, numbers in enumerate(NUMBERS, 1):
     correct += (answers == rows).all(1).tolist()
     print(" ".join(TOKENS[i] for i in answers[0].tolist()))
 print(f"exact match on {len(correct)} held-out numbers: {sum(correct) / len(correct):.1%}")
-# Left out: prompts of different lengths, a cache, stopping at the "." (decoder_only.py); reading
-# in both directions (encoder_only.py); a second stack (encoder_decoder.py); a GPU (train_all.py).
+# Not here: padding, a cache, stopping at "." (decoder_only.py); attention in both directions
+# (encoder_only.py); cross-attention (encoder_decoder.py); a GPU (train_all.py).

@@ -3,35 +3,35 @@ toy_dataset.py - the small task that all three transformers learn
 
 THE TASK.  Read digits, write words:   4 0 7  ->  four zero seven
 
-The task is easy on purpose: when something goes wrong, the model or its input is at fault, not the
-task. Yet the model has to use *where* a token is (positions), attend to the correct digit
-(attention), ignore the padding of shorter rows (masks), and know when to stop (<EOS>).
+The task is easy on purpose: if something goes wrong, the fault is in the model or its input. Still,
+the model must use positions, attend to the correct digit (attention), ignore the padding of shorter
+rows (masks), and learn when to stop (<EOS>).
 
-Each architecture gets the same sequence in its own form:
+Each architecture gets the same sequence in its own format:
 
     encoder-only (BERT)      4 0 7 <SEP> four <MASK> seven             predict the masked token
     decoder-only (GPT)       4 0 7 <SEP> four zero seven <EOS>         continue after <SEP>
-    encoder-decoder (T5)     4 0 7  ->  <SOS> four zero seven <EOS>    read, then write
+    encoder-decoder (T5)     4 0 7  ->  <SOS> four zero seven <EOS>    read all, then write
 
 Run it:     python toy_dataset.py        (about 3 seconds, nearly all of it importing torch)
 
-It prints the vocabulary, some samples, and one batch as a table that shows which positions count
-in the loss. The last lines should be:
+It prints the vocabulary, some samples, and one batch with the positions that count in the loss. The
+last lines should be:
 
     disjoint: 0 of 601 validation sequences occur in training
     <EOS> directly follows the last word in 4 of 4 rows
 
 READING ORDER   vocabulary -> sequences -> dataset -> collate_fn (the heart of this file) -> loaders
 
-TERMS that this file uses before you have read a model:
-  attention        how a position collects information: its *query* is compared with the *key* of
-                   each position that it may read (attend to), and it gets a weighted average of
-                   their *values*; attention_by_hand.py shows it in numbers
-  head             one of several such comparisons, computed side by side
+TERMS that this file uses; the models explain them in full:
+  attention        how a position gets information: its *query* is compared with the *key* of each
+                   position that it may attend to, and the result is a weighted average of their
+                   *values* (see attention_by_hand.py)
+  head             one of several attention computations that run in parallel
   encoder          a stack of layers in which each position may attend to all positions
   decoder          a stack of layers that predicts the next token, from left to right
-  causal           no position attends to a later one, because the model must not see the token
-                   that it has to predict
+  causal           no position attends to later ones, so that the model cannot see the token that
+                   it must predict
   teacher forcing  during training, a decoder reads the ground-truth prefix instead of its own
                    predictions, so all positions are trained at once
 """
@@ -45,44 +45,40 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from housekeeping import InputError, check_constants, run_script
 
 # =====================================================================================
-# LEGEND - the letters of the whole collection; each script says what S and T are in it
+# LEGEND - the letters of all scripts; each script says what S and T are in it
 #   B  batch: rows that are processed together    D  d_model: the size of a token's vector
-#   S  source length (what is read)               H  heads
-#   T  target length (what is written)            K  D / H: the size of a head's vectors
+#   S  source length: the tokens read             H  heads
+#   T  target length: the tokens written          K  D / H: the size of a head's vectors
 #   V  vocabulary size (26 here)
 # =====================================================================================
-
-# =====================================================================================
-# CONSTANTS - they act on what this script prints; the scripts that train have their own
+# CONSTANTS - they change only what this script prints; each training script has its own
 # =====================================================================================
 NUM_SAMPLES = 6000       # distinct sequences, training and validation together
-MAX_DIGITS = 5           # a sequence has 1 to this many digits
+MAX_DIGITS = 5           # longest sequence; the shortest has one digit
 BATCH_SIZE = 64          # rows per batch
-VALIDATION_SHARE = 0.1   # fraction of the sequences that is held out and never trained on
-SEED = 0                 # selects the sequences, their split, and the order of the batches
+VALIDATION_SHARE = 0.1   # fraction of the sequences that is held out
+SEED = 0                 # selects the sequences and the order of the batches
 # =====================================================================================
 
 
-# -------------------------------------------------------------------------------------
-# The vocabulary: from text to numbers
-# -------------------------------------------------------------------------------------
+# --- The vocabulary: from text to numbers ---------------------------------------------
 SPECIAL_TOKENS = ["<PAD>", "<SOS>", "<EOS>", "<UNK>", "<SEP>", "<MASK>"]
 DIGITS = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 WORD_OF = dict(zip(DIGITS, WORDS))
 
 PAD, SOS, EOS, UNK, SEP, MASK = range(6)
-#   PAD   fills short rows up to the length of the batch; no real token attends to it
-#   SOS   start of sequence: a decoder's input before it has written anything
+#   PAD   fills short rows up to the longest row of the batch; no real token attends to it
+#   SOS   start of sequence: the first input token of a decoder
 #   EOS   end of sequence: a decoder must learn to predict it, or it never stops
-#   UNK   replaces every token that the vocabulary does not contain
-#   SEP   separates digits from words where both stand in one row
-#   MASK  marks a token that BERT has to predict
-FIRST_ORDINARY = len(SPECIAL_TOKENS)  # digits and words have ids from here on
+#   UNK   replaces every token that is not in the vocabulary
+#   SEP   separates digits from words in the same row
+#   MASK  marks a token that BERT must predict
+FIRST_ORDINARY = len(SPECIAL_TOKENS)  # the first id of a digit or word
 
-# F.cross_entropy skips every label with this value, the default of its ignore_index. <PAD> (0)
-# would be a bad choice: forget `ignore_index=PAD` once, and the model is trained to predict
-# padding, without any error.
+# F.cross_entropy ignores labels with this value, the default of its ignore_index. <PAD> (0) would
+# be a bad choice: if you forget `ignore_index=PAD` once, the model learns to predict padding,
+# without any error.
 IGNORE_INDEX = -100
 
 
@@ -106,13 +102,13 @@ class Vocabulary:
         return len(self.tokens)
 
     def encode(self, tokens):
-        """A list of tokens, or one string with spaces between them -> list of ids."""
+        """Return the ids of `tokens`: a list of tokens, or one string with spaces between them."""
         if isinstance(tokens, str):
             tokens = tokens.split()
         return [self.ids.get(token, UNK) for token in tokens]
 
     def decode(self, ids):
-        """Ids (a list or a 1-D tensor) -> list of tokens. Raises InputError for an unknown id."""
+        """Return the tokens of `ids` (a list or 1-D tensor). InputError for an unknown id."""
         ids = [int(i) for i in ids]
         if not all(0 <= i < len(self) for i in ids):  # a negative index would count from the end
             raise InputError(f"{ids} has an id outside the vocabulary: use 0 to {len(self) - 1}")
@@ -122,11 +118,9 @@ class Vocabulary:
 VOCABULARY = Vocabulary()
 
 
-# -------------------------------------------------------------------------------------
-# The sequences: distinct, balanced, reproducible
-# -------------------------------------------------------------------------------------
+# --- The sequences: distinct, balanced, reproducible ----------------------------------
 def count_distinct(max_digits):
-    """Return how many sequences of 1 to `max_digits` digits exist: 10 + 100 + ..., 111110 for 5.
+    """Return the number of sequences of 1 to `max_digits` digits: 10 + 100 + ..., 111110 for 5.
 
     Leading zeros count: 0 7 and 7 are different sequences.
     """
@@ -136,32 +130,30 @@ def count_distinct(max_digits):
 def make_sequences(num_samples, max_digits, seed):
     """Return `num_samples` distinct sequences of 1 to `max_digits` digits in random order.
 
-    Lengths are balanced as far as sequences exist: 6000 samples of up to 5 digits are all 10 of one
-    digit, all 100 of two, all 1000 of three, and 2445 each of four and five. A uniform draw from
-    all sequences would give five digits in nine of ten cases, because most numbers are long.
-
-    Raises InputError if fewer distinct sequences exist.
+    Lengths are balanced as far as possible: 6000 samples of up to 5 digits are all 10 of one digit,
+    all 100 of two, all 1000 of three, and 2445 each of four and five. In a uniform draw, nine of
+    ten sequences would have five digits. Raises InputError if fewer distinct sequences exist.
     """
     if num_samples > count_distinct(max_digits):
         raise InputError(f"NUM_SAMPLES={num_samples}: only {count_distinct(max_digits)} distinct "
                          f"sequences of 1 to {max_digits} digits exist: use that many or fewer, "
                          f"or raise MAX_DIGITS={max_digits}")
-    # subtle: a generator of its own. random.seed() would reseed Python's global generator.
+    # subtle: use a separate generator. random.seed() would reseed Python's global generator.
     rng = random.Random(seed)
     sequences = []
     for length in range(1, max_digits + 1):
-        # Shortest first: the longer lengths share what a short length cannot supply.
+        # Start with the shortest, so that the longer lengths can supply what a short one cannot.
         lengths_left = max_digits - length + 1
         wanted = math.ceil((num_samples - len(sequences)) / lengths_left)  # an equal share
         count = min(wanted, 10 ** length)
-        for number in rng.sample(range(10 ** length), count):  # never the same number twice
+        for number in rng.sample(range(10 ** length), count):  # without replacement
             sequences.append(list(f"{number:0{length}d}"))  # 7 -> ['0', '0', '7']
     rng.shuffle(sequences)
     return sequences
 
 
 def make_item(digits):
-    """A list of digits -> an item of the dataset:
+    """Return the dataset's item for a list of digits:
 
         digits ['4', '0', '7']             source [10, 6, 13]
         words  ['four', 'zero', 'seven']   target [20, 16, 23]
@@ -175,10 +167,10 @@ def make_item(digits):
 
 
 def is_held_out(digits, validation_share):
-    """Does this sequence belong to the validation data? A checksum of its digits decides.
+    """Return True if this sequence is held out for validation. A checksum of its digits decides.
 
-    So no script trains on a sequence that another script holds out, whatever the seeds and numbers
-    of samples. The condition: its own share is at least as large as the other script's.
+    So no script trains on a sequence that another script holds out, whatever their seeds and
+    numbers of samples are, if its own share is at least as large as the other script's.
     """
     return zlib.crc32("".join(digits).encode()) < validation_share * 2 ** 32
 
@@ -203,11 +195,9 @@ class NumberTranslationDataset(Dataset):
                 [i for i, out in zip(order, held_out) if out])
 
 
-# -------------------------------------------------------------------------------------
-# The batch: where most bugs creep in
-# -------------------------------------------------------------------------------------
+# --- The batch: padding, masks, and labels --------------------------------------------
 def pad_rows(rows, value):
-    """Lists of ids of different lengths -> one tensor (B, longest), padded on the right.
+    """Return lists of ids as one tensor (B, longest), padded with `value` on the right.
 
         pad_rows([[10, 6, 13], [9]], PAD)   ->   [[10,  6, 13],
                                                   [ 9,  0,  0]]
@@ -217,12 +207,12 @@ def pad_rows(rows, value):
 
 
 def padding_mask(tokens):
-    """(B, S) ids -> (B, 1, 1, S) booleans: True = may be attended to, False = padding.
+    """Return the mask (B, 1, 1, S) of ids (B, S): True = may be attended to, False = padding.
 
         [[10, 6, 13],          [[[[True, True,  True ]]],
          [ 9, 0,  0]]    ->     [[[True, False, False]]]]
 
-    The two dimensions of size 1 stand for heads and queries: a key is masked for all of them or for
+    The two dimensions of size 1 are for heads and queries: a key is masked for all of them or for
     none. Queries are never masked, because the output at a padded position is never used.
 
     CONVENTION. Here and in F.scaled_dot_product_attention, True means "may attend". In
@@ -232,9 +222,9 @@ def padding_mask(tokens):
 
 
 def collate_fn(items):
-    """Items of the dataset -> one batch with everything that the three architectures need.
+    """Collate items of the dataset into one batch with all that the three architectures need.
 
-    Two rows, `4 0 7` and `9`, with tokens instead of ids. A dot is <PAD>, in labels IGNORE_INDEX:
+    Here are two rows, `4 0 7` and `9`, as tokens. A dot is <PAD>, or IGNORE_INDEX in labels:
 
       encoder-decoder (S = 3, T = 4)
         source          4    0    7             9    .    .
@@ -245,19 +235,19 @@ def collate_fn(items):
         pair            4   0   7   SEP   four  zero   seven          9   SEP   nine  .   .   .   .
         pair_labels     .   .   .   four  zero  seven  EOS            .   nine  EOS   .   .   .   .
 
-      encoder-only: `pair` too, but it masks tokens and makes its own labels in every step
+      encoder-only: also `pair`, but it masks tokens and makes its own labels in every step
 
-    Read each column from top to bottom: given everything up to this token, predict the label.
+    Read each column from top to bottom: given all tokens up to this one, predict the label.
 
-    subtle: the labels are the input, shifted by one position, and they are shifted *here*, once.
-    Hugging Face's causal models shift inside the loss. Pass them shifted labels, and the model
+    subtle: the labels are the input shifted by one position, and they are shifted only *here*.
+    Hugging Face's causal models shift inside the loss. If you pass them shifted labels, the model
     learns to predict the token after the next.
 
-    subtle: <EOS> follows the last word of *its own* row. A common bug pads first and then appends
-    <EOS>. Then only the longest rows show <EOS> after a word.
+    subtle: <EOS> follows the last word of *its own* row. A common bug is to pad first and then
+    append <EOS>, so that it follows a word only in the longest rows.
 
     The digits in `pair` are not scored, because they are random: guessing one of ten costs ln 10 =
-    2.30 nats. At <SEP>, the label is the first word.
+    2.30 nats. The label at <SEP> is the first word.
 
     Returns a dict:  int64 tensors    source, decoder_input, labels, pair, pair_labels
                      boolean masks    source_mask, decoder_mask, pair_mask; see `padding_mask`
@@ -287,12 +277,7 @@ def to_device(batch, device):
 
 
 def create_dataloaders(num_samples=6000, max_digits=5, batch_size=64, seed=0, validation_share=0.1):
-    """Return (training loader, validation loader) over disjoint sequences.
-
-    The training loader shuffles anew in each epoch. Its last batch may be smaller. Raises
-    InputError if the sequences do not exist, if no sequence is left on one side, or if a batch is
-    too large.
-    """
+    """Return (training loader, validation loader) over disjoint sequences. The first shuffles."""
     dataset = NumberTranslationDataset(num_samples, max_digits, seed)
     training, validation = dataset.split(validation_share)
     if not validation or not training:
@@ -304,8 +289,7 @@ def create_dataloaders(num_samples=6000, max_digits=5, batch_size=64, seed=0, va
                          f"sequences: use {len(training)} or less, or raise "
                          f"NUM_SAMPLES={num_samples}")
     # subtle: the validation loader needs a generator too, although it does not shuffle. Without
-    # one, each pass draws a number from torch's global generator, and evaluating changes the
-    # training.
+    # one, each pass draws from torch's global generator, so that evaluating changes the training.
     train_loader = DataLoader(Subset(dataset, training), batch_size, shuffle=True,
                               collate_fn=collate_fn, generator=torch.Generator().manual_seed(seed))
     val_loader = DataLoader(Subset(dataset, validation), 4 * batch_size, collate_fn=collate_fn,
@@ -313,11 +297,9 @@ def create_dataloaders(num_samples=6000, max_digits=5, batch_size=64, seed=0, va
     return train_loader, val_loader
 
 
-# -------------------------------------------------------------------------------------
-# Scoring and printing
-# -------------------------------------------------------------------------------------
+# --- Scoring and printing -------------------------------------------------------------
 def exact_match(written, expected):
-    """Return the fraction of rows (lists of tokens) that are equal from first to last token."""
+    """Return the fraction of rows (lists of tokens) that are equal to the expected ones."""
     return sum(a == b for a, b in zip(written, expected)) / len(expected)
 
 
@@ -338,8 +320,8 @@ def print_attention(weights, queries, keys):
 def print_label_table(inputs, labels):
     """Print input ids and label ids (1-D tensors of one length) as a table, one position per line.
 
-    Print this table for the first batch of every new project. Labels shifted twice, a misplaced
-    <EOS>, a prompt that is scored: all of them are easy to see here and hard to see in a loss.
+    Print this table for the first batch of every new project. It shows what is hard to see in a
+    loss: labels shifted twice, a misplaced <EOS>, a prompt that is scored.
     """
     print("  position  input    label    counts in the loss?")
     for position, (i, label) in enumerate(zip(inputs.tolist(), labels.tolist())):
@@ -349,7 +331,7 @@ def print_label_table(inputs, labels):
 
 
 def print_masks(batch, row):
-    """Print what each position of decoder_input may attend to, under three masks side by side."""
+    """Print what each position of decoder_input may attend to under three masks, side by side."""
     length = batch["decoder_input"].size(1)
     causal = torch.ones(length, length, dtype=torch.bool).tril()  # (T, T)
     padding = batch["decoder_mask"][row, 0]                       # (1, T)
@@ -363,12 +345,10 @@ def print_masks(batch, row):
 
 
 def main():
-    """Print the vocabulary, the data, and one batch. What to look for:
+    """Print the vocabulary, the data, and one batch.
 
-    - In the first table, the row with the last word as input has the label <EOS>. It teaches the
-      model to stop. The padding below it does not count.
-    - In the second table, the prompt is read but not scored.
-    - The third mask is the first two combined with &.
+    In the first table, the label of the last word is <EOS>, which teaches the model to stop. In the
+    second table, the prompt is read but not scored.
     """
     check_constants(globals())
     train_loader, val_loader = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED,
@@ -396,7 +376,7 @@ def main():
           f"decoder_input {tuple(batch['decoder_input'].shape)}, pair {tuple(batch['pair'].shape)}")
     row = len(items) // 2  # a row with padding, unless the batch has only one row
     source = " ".join(VOCABULARY.decode(batch["source"][row]))
-    print(f"\nRow {row} as the encoder-decoder gets it: source {source}")
+    print(f"\nRow {row} as the encoder-decoder gets it, with the source {source}")
     print_label_table(batch["decoder_input"][row], batch["labels"][row])
     print("\nThe same row as the decoder-only model gets it: only the answer counts")
     print_label_table(batch["pair"][row], batch["pair_labels"][row])

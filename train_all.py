@@ -1,26 +1,25 @@
 """
-train_all.py - how models are trained when it takes longer than a minute
+train_all.py - train all three architectures with the techniques of larger models
 
-THE IDEA.  quick_start.py shows *that* the three architectures learn. This script trains them the
-way larger models are trained: one loop for all three, with common techniques, each switched by a
-constant.
+THE IDEA.  quick_start.py shows that the three architectures learn. This script trains them the way
+larger models are trained. One loop serves all three, and each technique has a constant.
 
     for each epoch:
-      for each group of micro-batches:           gradient accumulation: ACCUMULATION_STEPS
+      for each group of micro-batches:           gradient accumulation (ACCUMULATION_STEPS)
         predict, loss, backward                  PRECISION, GRADIENT_CHECKPOINTING, COMPILE, ...
-        divide by the number of labels           also across processes: torchrun
+        divide by the number of labels           summed over all processes (torchrun)
         clip, step                               CLIP_NORM, AdamW with WEIGHT_DECAY on matrices
-        now and then: save everything            a killed run resumes where it was
-      evaluate, keep the best                    by exact match on held-out sequences, then by loss
+        sometimes: save everything               a killed run resumes from the last save
+      evaluate, keep the best weights            by exact match on held-out sequences, then by loss
 
 Run it:     python train_all.py                                  (about 75 seconds on one CPU core)
             torchrun --nproc_per_node=2 train_all.py             two processes on this machine
             torchrun --nnodes=2 --node_rank=0 --nproc_per_node=1 \\
                      --master_addr=FIRST --master_port=29500 train_all.py
-                                                        two machines; the second has --node_rank=1
+                                                  two machines; --node_rank=1 on the second
 
-Stop it at any time and run it again: it resumes from its last save, at most RESUME_EVERY steps
-back. Start only one run at a time, because two runs would overwrite each other's files.
+You can stop it at any time. The next run resumes from the last save and repeats at most
+RESUME_EVERY steps. Start only one run at a time, because two would overwrite each other's files.
 
 The last lines should be close to:
 
@@ -30,8 +29,8 @@ The last lines should be close to:
     encoder-decoder      1,392,384      28.3                    100.0%
 
 READING ORDER   optimizer -> micro-batches -> train_step -> train (the loop, the heart of this file)
-                -> fused attention, checkpointing -> main. The learning rate is `lr_factor` of
-                decoder_only.py; files and processes are in bookkeeping.py
+                -> fused attention, checkpointing -> main. The learning-rate schedule is `lr_factor`
+                in decoder_only.py. Files and processes are in bookkeeping.py.
 """
 import contextlib
 import functools
@@ -57,37 +56,37 @@ from quick_start import ARCHITECTURES
 from toy_dataset import IGNORE_INDEX, VOCABULARY, collate_fn, create_dataloaders, to_device
 
 # =====================================================================================
-# CONSTANTS - change one, run again; the log at the end of a run shows what changed
+# CONSTANTS - change one, run again; the log at the end compares the runs
 # =====================================================================================
-# The models, all three alike
+# The models (the same for all three)
 D_MODEL = 128
 NUM_HEADS = 4
-NUM_LAYERS = 3           # the encoder-decoder has as many in each of its two stacks
+NUM_LAYERS = 3           # per stack; the encoder-decoder has two stacks
 D_FF = 512
 DROPOUT = 0.0
 # The task
 NUM_SAMPLES = 8000       # distinct sequences
 MAX_DIGITS = 5
-VALIDATION_SHARE = 0.125  # 1050 held-out sequences, so one mistake is 0.1%
+VALIDATION_SHARE = 0.125  # 1050 held-out sequences, so one mistake costs 0.1%
 # Batches
-BATCH_SIZE = 32          # rows per micro-batch: these have to fit into memory together
-ACCUMULATION_STEPS = 2   # micro-batches per step, over all processes: 2 * 32 rows
+BATCH_SIZE = 32          # rows per micro-batch, limited by memory
+ACCUMULATION_STEPS = 2   # micro-batches per step over all processes, so a step sees 64 rows
 # The optimizer
 NUM_EPOCHS = 4           # 109 steps each
-LEARNING_RATE = 1e-3     # at its peak
-MIN_LEARNING_RATE = 5e-5  # in the last step and after it
+LEARNING_RATE = 1e-3     # its peak
+MIN_LEARNING_RATE = 5e-5  # in the last step
 WARMUP_STEPS = 50
-WEIGHT_DECAY = 0.01      # on matrices; norms and biases have none
-CLIP_NORM = 1.0          # runs/steps.csv shows the norm before clipping
-LABEL_SMOOTHING = 0.0    # 0.1 spreads 0.1 of each label over all tokens (Szegedy et al. 2016)
+WEIGHT_DECAY = 0.01      # on matrices, not on norms and biases
+CLIP_NORM = 1.0          # maximum norm of the gradient; runs/steps.csv has it before clipping
+LABEL_SMOOTHING = 0.0    # 0.1 spreads 10% of each target over all tokens (Szegedy et al. 2016)
 # Speed and memory
 PRECISION = "float32"    # or "bfloat16", or "float16" (with gradient scaling; only on CUDA)
-FUSED_ATTENTION = True   # PyTorch's kernel instead of the formula; the same up to rounding
-COMPILE = False          # True: torch.compile; the first steps are then much slower
+FUSED_ATTENTION = True   # PyTorch's kernel instead of the formula; equal up to rounding
+COMPILE = False          # True: torch.compile, which makes the first steps much slower
 GRADIENT_CHECKPOINTING = False  # True: keep only each layer's input and recompute the rest
-PROFILE_STEPS = 0        # 5: profile that many steps, and print the most expensive operations
+PROFILE_STEPS = 0        # 5: profile five steps and print the most expensive operations
 # The run
-RESUME_EVERY = 50        # steps between two saves of everything
+RESUME_EVERY = 50        # steps between two saves of the whole state
 SEED = 0
 DEVICE = "cpu"           # or "cuda", "mps"
 NUM_THREADS = 1          # CPU threads per process
@@ -97,16 +96,14 @@ NUM_THREADS = 1          # CPU threads per process
 FREE_TO_CHANGE = {"RESUME_EVERY", "PROFILE_STEPS", "DEVICE", "NUM_THREADS"}
 
 
-# -------------------------------------------------------------------------------------
-# 1. Optimizer
-# -------------------------------------------------------------------------------------
+# --- 1. Optimizer ---------------------------------------------------------------------
 def create_optimizer(model, total_steps):
     """Return (AdamW, LambdaLR) for `total_steps` steps.
 
-    Weight decay pulls the matrices toward 0. The gain of a norm belongs near 1, and a bias has no
-    natural size, so both have no decay. AdamW applies the decay directly to the weights. In plain
-    Adam it is part of the gradient, and dividing by the gradient's size distorts it (Loshchilov and
-    Hutter 2019).
+    Weight decay pulls matrices toward 0. It is not applied to the gains of norms, which should stay
+    near 1, or to biases, which have no preferred size. AdamW applies the decay directly to the
+    weights. In plain Adam it is added to the gradient, and the adaptive scaling distorts it
+    (Loshchilov and Hutter 2019).
     """
     parameters = list(model.parameters())
     groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
@@ -118,14 +115,12 @@ def create_optimizer(model, total_steps):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
 
 
-# -------------------------------------------------------------------------------------
-# 2. Micro-batches: which rows, in which order, with which random numbers
-# -------------------------------------------------------------------------------------
+# --- 2. Micro-batches: the order of the rows, and the random numbers ------------------
 def epoch_groups(num_rows, epoch):
-    """Return the rows of an epoch: a list (steps) of lists (micro-batches) of lists of row numbers.
+    """Return the row numbers of one epoch, grouped by step and then by micro-batch.
 
-    The order depends only on SEED and epoch, so a resumed run finds its place by two numbers, epoch
-    and group. No state of a random generator has to be saved.
+    The order depends only on SEED and epoch, so two numbers, epoch and group, are enough to resume.
+    No generator's state has to be saved.
     """
     generator = torch.Generator().manual_seed((SEED * 100_003 + epoch) % 2 ** 63)
     order = torch.randperm(num_rows, generator=generator).tolist()
@@ -134,35 +129,32 @@ def epoch_groups(num_rows, epoch):
 
 
 def seed_micro_batch(step, number):
-    """Seed dropout and masking from SEED, step, and micro-batch number, whichever process it is."""
+    """Seed dropout and masking for one micro-batch, independently of the process."""
     torch.manual_seed(((SEED * 1_000_003 + step) * 1_009 + number) % 2 ** 63)
 
 
-# -------------------------------------------------------------------------------------
-# 3. One step
-# -------------------------------------------------------------------------------------
+# --- 3. One step ----------------------------------------------------------------------
 def train_step(script, model, items, group, step, optimizer, scheduler, scaler):
     """Take one optimizer step on `group`, a list of micro-batches of row numbers of `items`.
 
     Returns (mean loss over the group's labels, gradient norm before clipping, number of labels).
-    The plain version, with one batch and one process, is the loop of `train_epoch` in
-    decoder_only.py.
+    `train_epoch` in decoder_only.py is the plain version, for one batch and one process.
 
     ACCUMULATION. backward() adds to .grad until zero_grad(), so several micro-batches can replace
     one batch that is too large for memory. The result must be the gradient of the mean loss over
     *all labels in the group*. A common bug is to average within each micro-batch and then average
-    the averages: a micro-batch of short rows then counts as much as one with twice as many labels.
+    the averages. A micro-batch of short rows then counts as much as one with twice as many labels.
     Instead, sum the losses and divide the gradient once by the number of labels.
 
     PROCESSES. Process r handles micro-batches r, r + world, and so on. DistributedDataParallel
-    averages the gradients over the processes in the last backward pass. So they are multiplied by
-    world / num_labels, where num_labels counts the labels of all processes.
+    averages the gradients over the processes in the last backward pass. They are then multiplied
+    by world / num_labels, where num_labels counts the labels of all processes.
     """
     device, world = next(model.parameters()).device, world_size()
     autocast = torch.autocast(device.type, dtype=getattr(torch, PRECISION),
                               enabled=PRECISION != "float32")
-    # In a short last group, a process may have nothing to do. The others still wait for its
-    # gradients, so it runs micro-batch 0 and counts it 0 times.
+    # In a short last group, a process may have no micro-batch. The others still wait for its
+    # gradients, so it runs micro-batch 0 with a loss of 0.
     mine = list(range(rank(), len(group), world))
     idle = not mine
     loss_sum, num_labels = 0.0, 0
@@ -170,15 +162,15 @@ def train_step(script, model, items, group, step, optimizer, scheduler, scaler):
     for number in mine or [0]:
         seed_micro_batch(step, number)
         batch = to_device(collate_fn([items[row] for row in group[number]]), device)
-        # Exchange gradients once per step, in the last backward pass.
+        # Average the gradients over the processes once per step, in the last backward pass.
         last = idle or number == mine[-1]
         with contextlib.nullcontext() if last or world == 1 else model.no_sync():
             with autocast:
                 logits, labels = script.predict(model, batch)  # (B, T, V), (B, T)
-            # Compute the loss in float32, whatever the precision: it is a sum of many terms.
+            # The loss is a sum of many terms, so it is always computed in float32.
             loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum",
                                    ignore_index=IGNORE_INDEX, label_smoothing=LABEL_SMOOTHING)
-            # float16 has no numbers below 6e-8, so small gradients would become 0. The scaler
+            # The smallest positive float16 is 6e-8, so small gradients would become 0. The scaler
             # multiplies the loss by a large factor and later divides the gradients by it.
             scaler.scale(loss * 0 if idle else loss).backward()
         if not idle:
@@ -197,23 +189,21 @@ def train_step(script, model, items, group, step, optimizer, scheduler, scaler):
             parameter.grad.mul_(world / num_labels)
     norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM).item()
     if not scaler.is_enabled():
-        check_finite(norm, step, "gradient norm")  # one such step would make every weight NaN
+        check_finite(norm, step, "gradient norm")  # NaN would reach every weight in this step
     scale = scaler.get_scale()
-    scaler.step(optimizer)  # skips the step if a gradient overflowed ...
-    scaler.update()  # ... and then halves the scale
+    scaler.step(optimizer)  # skips the step if a gradient overflowed
+    scaler.update()  # halves the scale after a skipped step
     if scaler.get_scale() >= scale:
         scheduler.step()
     return loss_sum / num_labels, norm, num_labels
 
 
-# -------------------------------------------------------------------------------------
-# 4. The loop: the heart of this file
-# -------------------------------------------------------------------------------------
+# --- 4. The loop: the heart of this file ----------------------------------------------
 def train(script, model, state, items, val_loader, save):
-    """Train `model` from `state` to the last epoch. The best weights end up in `state.record`.
+    """Train `model` from `state` to the last epoch. The best weights are kept in `state.record`.
 
-    model: what computes, perhaps wrapped for several processes; state.parts["model"] is the plain
-    model. save(): saves everything, so that a killed run can resume here.
+    With several processes, `model` is wrapped in DistributedDataParallel; state.parts["model"] is
+    the plain model. save() saves everything that a killed run needs to resume.
     """
     plain_model, optimizer, scheduler, scaler = (
         state.parts[name] for name in ("model", "optimizer", "scheduler", "scaler"))
@@ -236,7 +226,7 @@ def train(script, model, state, items, val_loader, save):
                     save()
 
             state.epoch, state.group = epoch + 1, 0
-            if rank() == 0:  # the others wait at the gradients of the next step
+            if rank() == 0:  # the others wait for its gradients in the next step
                 result = script.evaluate(plain_model, val_loader)
                 better = state.add_epoch(
                     {"architecture": state.name, "epoch": epoch + 1, "step": step + 1,
@@ -251,21 +241,18 @@ def train(script, model, state, items, val_loader, save):
                 save()
 
 
-# -------------------------------------------------------------------------------------
-# 5. Fused attention, gradient checkpointing, and counting
-# -------------------------------------------------------------------------------------
+# --- 5. Fused attention, gradient checkpointing, and counting -------------------------
 def fused_attention(queries, keys, values, mask=None, dropout=0.0):
-    """The same as `attention` in one kernel, but without the weights: returns (result, None).
+    """Compute `attention` in one kernel. Returns (result, None), because it stores no weights.
 
-    It computes the softmax in tiles and does not store the (T, S) weights (Dao et al. 2022,
-    FlashAttention). It divides by sqrt(K) itself. Since PyTorch 2.5 it gives zeros for queries that
-    may attend to nothing, like the formula.
+    It computes the softmax in tiles (Dao et al. 2022, FlashAttention) and divides by sqrt(K)
+    itself. Since PyTorch 2.5 it returns zeros for a query that may attend to nothing.
     """
     return F.scaled_dot_product_attention(queries, keys, values, mask, dropout), None
 
 
 def use_fused_attention(model):
-    """Let every attention of `model` compute with PyTorch's fused kernel. Returns the model."""
+    """Make every attention in `model` use PyTorch's fused kernel. Returns the model."""
     for module in model.modules():
         if hasattr(module, "formula"):
             module.formula = fused_attention
@@ -273,7 +260,7 @@ def use_fused_attention(model):
 
 
 def checkpoint_layers(model):
-    """Let every layer keep only its input, and compute the rest again in the backward pass.
+    """Make every layer keep only its input and recompute the rest in the backward pass.
 
     This saves memory and costs one more forward pass, about a third more work (Chen et al. 2016).
     The gradients are the same.
@@ -289,14 +276,14 @@ def checkpoint_layers(model):
 
 
 def activation_bytes(script, model, batch):
-    """Return how many bytes one forward pass keeps for the backward pass, without the weights."""
+    """Return the bytes that a forward pass keeps for the backward pass, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()  # two views of one storage count once
+            kept[storage.data_ptr()] = storage.nbytes()  # views of one storage count once
         return tensor
 
     model.train()
@@ -307,7 +294,7 @@ def activation_bytes(script, model, batch):
 
 
 def parameters_by_component(model):
-    """Return {component: number of parameters}. Tied parameters count once, in the embedding."""
+    """Return {component: number of parameters}. Tied parameters count once, as embedding."""
     counts = {}
     for name, parameter in model.named_parameters():
         if name.startswith("embedding"):
@@ -326,11 +313,9 @@ def parameters_by_component(model):
     return counts
 
 
-# -------------------------------------------------------------------------------------
-# 6. From the constants to a trained model
-# -------------------------------------------------------------------------------------
+# --- 6. From the constants to a trained model -----------------------------------------
 def train_architecture(name, device, settings, done, progress):
-    """Build and train one architecture, from scratch or from `progress`. Returns its record.
+    """Train one architecture, from scratch or from `progress`, and return its record.
 
     done: the records of the architectures that are already trained.
     """
@@ -356,10 +341,10 @@ def train_architecture(name, device, settings, done, progress):
         say(f"  activations kept for the backward pass: {before / 2 ** 20:.2f} MiB without "
             f"checkpointing, {after / 2 ** 20:.2f} MiB with it")
     if COMPILE:
-        plain_model.compile(dynamic=True)  # rows differ in length from batch to batch
+        plain_model.compile(dynamic=True)  # the length of the rows differs between batches
 
     optimizer, scheduler = create_optimizer(plain_model, NUM_EPOCHS * steps_per_epoch)
-    # The loss is a sum, over about 170 labels, so the first scale is smaller than the usual 65536.
+    # The loss is a sum over about 170 labels, so the scale starts below the default of 65536.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 8, enabled=PRECISION == "float16")
     state = TrainingState(name, plain_model, optimizer, scheduler, scaler)
     if progress is not None:
@@ -377,7 +362,7 @@ def train_architecture(name, device, settings, done, progress):
     train(script, model, state, items, val_loader, save)
     record = {**state.record, "parameters": num_parameters, "saved": False, "best_weights": None}
     if rank() == 0:
-        # Only now: until its training has ended, the file contains the model of the run before.
+        # Until this training has ended, the file keeps the model of the previous run.
         plain_model.load_state_dict(state.record["best_weights"])
         record["saved"] = save_model(plain_model, CHECKPOINTS / file)
         write_history([*done.values(), record])
@@ -387,9 +372,9 @@ def train_architecture(name, device, settings, done, progress):
 
 def train_for(script, model, train_loader, num_steps, learning_rate, warmup_steps, clip_norm,
               watch=None):
-    """Train for `num_steps` plain steps, for the scripts that compare and draw.
+    """Train for `num_steps` plain steps, for the scripts that compare and draw. Returns the model.
 
-    watch(step, loss, seconds) is called after each step. The seconds do not count what it does.
+    watch(step, loss, seconds) is called after each step. Its own time does not count.
     """
     optimizer, scheduler = script.create_optimizer(model, learning_rate, num_steps, warmup_steps)
     device, batches, seconds = next(model.parameters()).device, iter(()), 0.0
@@ -406,7 +391,7 @@ def train_for(script, model, train_loader, num_steps, learning_rate, warmup_step
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         optimizer.step()
         scheduler.step()
-        check_finite(loss.item(), step)  # also waits for a GPU, so that the seconds are right
+        check_finite(loss.item(), step)  # item() waits for a GPU, so the seconds are correct
         seconds += time.perf_counter() - start
         if watch is not None:
             watch(step, loss.item(), seconds)
@@ -421,11 +406,11 @@ STRATEGIES_OF = {"encoder-only": {"fill all masks": {}}, "decoder-only": STRATEG
 
 
 def show_inference(device, done, num_examples=200):
-    """Print how each saved model does with each strategy.
+    """Print the results of each saved model with each strategy.
 
-    No model was trained on these sequences, but they selected the best epoch. This comparison of
-    strategies is fair, but the scores of the models are slightly too good. Where that matters, keep
-    a third set for the very end.
+    The models were not trained on these sequences, but the best epoch was selected on them. So the
+    comparison of strategies is fair, and the scores are slightly optimistic. For unbiased scores,
+    use a third set.
     """
     _, val_loader = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED, VALIDATION_SHARE)
     held_out = list(val_loader.dataset)
@@ -441,7 +426,7 @@ def show_inference(device, done, num_examples=200):
 
 
 def check():
-    """Raise InputError for constants that cannot work, alone or together, before any training."""
+    """Raise InputError for constants that cannot work, alone or together."""
     check_constants(globals())
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if ACCUMULATION_STEPS % world:
@@ -460,7 +445,7 @@ def main():
         check()
     except InputError:
         if os.environ.get("RANK", "0") != "0":
-            sys.exit(2)  # the first process prints the message for all
+            sys.exit(2)  # only the first process prints the message
         raise
     torch.set_num_threads(NUM_THREADS)
     settings = settings_of_run(__file__, globals(), FREE_TO_CHANGE)

@@ -1,12 +1,11 @@
 """
-visualizations.py - transformers in figures, made from the collection's own code and models
+visualizations.py - draw figures that explain transformers, with the collection's own models
 
 Run it:     python visualizations.py        (about 20 seconds on one CPU core)
 
-It writes PNG files to figures/ and never opens a window. The title of a figure is its message. The
-attention figures show the models in checkpoints/, if there are any. If one is missing, a small
-model is trained instead, which takes about five seconds, and the script says so. Learning curves
-come from runs/history.csv if train_all.py has written it, and otherwise from the small models.
+It writes PNG files to figures/. Each title states the main point of its figure. The models come
+from checkpoints/ and the learning curves from runs/. Where they are missing, small models are
+trained instead, which takes about five seconds each.
 
 READING ORDER   style -> models -> one function per figure, named after its file -> main
 """
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # draws into files; needs no display
+matplotlib.use("Agg")  # draws into files, without a display
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
@@ -38,13 +37,13 @@ from train_all import parameters_by_component
 # CONSTANTS - change one, run again
 # =====================================================================================
 SENTENCE = "4 0 7"       # the digits that the attention figures show. Try 7 7 7.
-D_MODEL = 64             # of the small models, trained where there is no checkpoint
+D_MODEL = 64             # this and the next four: the small models
 NUM_HEADS = 4
 NUM_LAYERS = 2
 D_FF = 256
-TRAIN_EPOCHS = 3         # of the small models
+TRAIN_EPOCHS = 3
 EVALUATE_EVERY = 20      # steps between two points of a learning curve
-UNDERTRAINED_STEPS = 60  # the figures on generation show the model after that many steps
+UNDERTRAINED_STEPS = 60  # steps of the models in the figures on generation
 BATCH_SIZE = 32
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 40
@@ -54,11 +53,11 @@ DEVICE = "cpu"
 NUM_THREADS = 1
 # =====================================================================================
 
-# One style for all. Color-blind readers can tell the colors of Okabe and Ito (2008) apart. Lines
-# also differ in dashes, for black-and-white printers. The lightness of viridis rises evenly.
+# One style for all figures. Color-blind readers can tell the colors of Okabe and Ito (2008) apart.
+# Lines also differ in dashes, for black-and-white prints. The lightness of viridis rises evenly.
 BLUE, ORANGE, GREEN, RED, GRAY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
 LINES = [(BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (RED, ":")]
-ALLOWED, MASKED = "#0072B2", "#F2F2F2"  # in every mask, dark may attend and light may not
+ALLOWED, MASKED = "#0072B2", "#F2F2F2"  # in masks: dark = may attend, light = masked
 OF = dict(zip(ARCHITECTURES, LINES))
 plt.rcParams.update({"figure.dpi": 100, "savefig.dpi": 100, "font.size": 10, "axes.titlesize": 11,
                      "figure.titlesize": 12, "axes.spines.top": False, "axes.spines.right": False,
@@ -67,11 +66,11 @@ FIGURES = Path(__file__).resolve().parent / "figures"
 
 
 def save(figure, name, title):
-    """Write figures/NAME.png with `title` on top. Raises InputError if that fails."""
+    """Write figures/NAME.png with `title` at the top. Raises InputError if that fails."""
     figure.suptitle(title)
     try:
         FIGURES.mkdir(exist_ok=True)
-        # No software version in the file: the same picture is then the same bytes.
+        # Without the software version, identical figures are identical files.
         figure.savefig(FIGURES / f"{name}.png", metadata={"Software": None})
     except OSError as error:
         raise InputError(f"figures/{name}.png cannot be written ({error.strerror}): make figures/ "
@@ -81,14 +80,10 @@ def save(figure, name, title):
     print(f"  figures/{name}.png   {title}", flush=True)
 
 
-# -------------------------------------------------------------------------------------
-# The models
-# -------------------------------------------------------------------------------------
+# --- The models -----------------------------------------------------------------------
 def train_small(name):
-    """Train a small model of architecture `name`.
-
-    Returns the model, its curves {"loss": [(step, loss), ...], "exact match": [(step, score),
-    ...]}, and the model after UNDERTRAINED_STEPS.
+    """Train a small model. Returns it, its curves {"loss": [(step, loss), ...], "exact match":
+    [(step, score), ...]}, and a copy of it after UNDERTRAINED_STEPS.
     """
     script, model_class, _ = ARCHITECTURES[name]
     torch.manual_seed(SEED)
@@ -114,17 +109,14 @@ def train_small(name):
 
 
 def load_models():
-    """Return four dicts by name: models from checkpoints/ or trained here; where each is from; the
-    learning curves of those trained here; and undertrained models for the figures on generation.
-    """
+    """Return four dicts: models, their origins, learning curves, and undertrained models."""
     models, origins, curves, undertrained = {}, {}, {}, {}
     for name, (_, model_class, file) in ARCHITECTURES.items():
         try:
             model = model_class.load(CHECKPOINTS / file, DEVICE).eval()
             origin = f"checkpoints/{file}"
         except InputError as error:
-            print(f"{name}: {error}. Training a small model instead (about five seconds)",
-                  flush=True)
+            print(f"{name}: {error}. Training a small model instead", flush=True)
             model, curves[name], undertrained[name] = train_small(name)
             origin = "trained in this run"
         models[name] = model
@@ -134,15 +126,12 @@ def load_models():
         print(origins[name])
     for name in ("decoder-only", "encoder-decoder"):
         if name not in undertrained:
-            print(f"{name}: training a small model for the sampling and beam-search figures",
-                  flush=True)
+            print(f"{name}: training a small model for the figures on generation", flush=True)
             _, _, undertrained[name] = train_small(name)
     return models, origins, curves, undertrained
 
 
-# -------------------------------------------------------------------------------------
-# Positions
-# -------------------------------------------------------------------------------------
+# --- Positions ------------------------------------------------------------------------
 def positional_encoding_heatmap():
     table = encoder_only.PositionalEncoding(64, 64).table  # (64, D)
     figure, axis = plt.subplots(figsize=(8, 4.2))
@@ -150,7 +139,7 @@ def positional_encoding_heatmap():
     axis.set(xlabel="dimension (even: sine, odd: cosine)", ylabel="position")
     figure.colorbar(image, label="value")
     save(figure, "positional_encoding_heatmap",
-         "Low dimensions rotate fast, high ones slowly: every position has its own row")
+         "Low dimensions rotate fast and high ones slowly, so every position has its own row")
 
 
 def positional_encoding_curves():
@@ -172,20 +161,17 @@ def positional_distance():
     image = left.imshow(products, vmin=0, vmax=1)
     left.set(xlabel="position", ylabel="position", title="similarity of two positions")
     figure.colorbar(image, ax=left, shrink=0.8)
-    # From thick to thin, because the three curves are the same.
+    # From thick to thin, because the three curves coincide.
     for start, (color, _), width in zip((10, 25, 40), LINES, (7, 4, 1.5)):
         distances = range(-10, 24)
         right.plot(distances, [products[start, start + d] for d in distances], color=color,
                    linewidth=width, label=f"from position {start}")
-    right.set(xlabel="distance", ylabel="similarity", title="the three curves are one curve")
+    right.set(xlabel="distance", ylabel="similarity", title="the three curves coincide")
     right.legend(frameon=False)
-    save(figure, "positional_distance",
-         "The similarity of two positions depends only on their distance")
+    save(figure, "positional_distance", "Similarity of positions depends on their distance alone")
 
 
-# -------------------------------------------------------------------------------------
-# Masks
-# -------------------------------------------------------------------------------------
+# --- Masks ----------------------------------------------------------------------------
 def draw_mask(axis, mask, rows, columns):
     """Draw a boolean mask (queries, keys) as squares: dark = may attend."""
     colors = matplotlib.colors.ListedColormap([ALLOWED, MASKED])
@@ -215,13 +201,13 @@ def masks():
     figure, axes = plt.subplots(1, 3, figsize=(8.5, 3.6))
     for axis, mask, title in zip(
             axes, (padding.expand(length, length), causal, padding & causal),
-            ("padding: masks keys", "causal: masks the future", "both: padding & causal")):
+            ("padding: masks keys", "causal: masks later tokens", "both: padding & causal")):
         draw_mask(axis, mask, names, names)
         axis.set_title(title)
     axes[0].set_ylabel("query")
     axes[1].set_xlabel("key")
     mask_legend(figure)
-    save(figure, "masks", "A padded row of a real batch: masks are combined with &")
+    save(figure, "masks", "The masks of a padded row of a real batch are combined with &")
 
 
 def who_sees_whom():
@@ -235,18 +221,15 @@ def who_sees_whom():
     draw_mask(axes[2], both, target, ["4", "0", "7", *target])
     axes[2].axvline(2.5, color=RED, linewidth=2)
     for axis, title in zip(axes, ("encoder-only: both directions", "decoder-only: causal",
-                                  "encoder-decoder's decoder:\nsource | target so far")):
+                                  "decoder of the encoder-decoder:\nsource | target so far")):
         axis.set_title(title)
         axis.set_xlabel("key")
     axes[0].set_ylabel("query")
     mask_legend(figure)
-    save(figure, "who_sees_whom",
-         "The three architectures differ in which token may attend to which")
+    save(figure, "who_sees_whom", "The architectures differ in which token may attend to which")
 
 
-# -------------------------------------------------------------------------------------
-# Diagrams
-# -------------------------------------------------------------------------------------
+# --- Diagrams -------------------------------------------------------------------------
 def box(axis, x, y, text, color="white", width=2.6, height=0.5):
     axis.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height,
                                   boxstyle="round,pad=0.04", facecolor=color, edgecolor="black",
@@ -266,7 +249,7 @@ SOFT = {"norm": "#F2F2F2", "attention": "#CFE5F5", "cross": "#FBE3B8", "ff": "#C
 
 
 def draw_stack(axis, x, bottom, sublayers, shape):
-    """Draw a pre-norm layer and return its top: norm, sublayer, and a residual around both."""
+    """Draw a pre-norm layer, with a residual around each norm and sublayer. Returns its top."""
     y = bottom
     for text, color in sublayers:
         box(axis, x, y + 0.55, "layer norm", SOFT["norm"])
@@ -276,7 +259,7 @@ def draw_stack(axis, x, bottom, sublayers, shape):
         arrow(axis, (x, y), (x, y + 0.28))
         arrow(axis, (x, y + 0.82), (x, y + 0.98))
         arrow(axis, (x, y + 1.52), (x, y + 1.76))
-        # The residual leaves before the norm and joins after the sublayer.
+        # The residual branches off before the norm and is added after the sublayer.
         axis.plot([x, x - 1.6, x - 1.6], [y + 0.08, y + 0.08, y + 1.9], color="black", linewidth=1)
         arrow(axis, (x - 1.6, y + 1.9), (x - 0.14, y + 1.9))
         y += 2.04
@@ -297,7 +280,7 @@ def diagram_axis(width, height, figsize):
 
 
 def draw_single(name, title, tokens, attention, predicts, length):
-    """Draw a model with one stack. `length` is the letter of its row length, S or T."""
+    """Draw a model with one stack. `length` is the letter of its sequence length, S or T."""
     figure, axis = diagram_axis(6.6, 8.6, (5.6, 7.4))
     axis.text(3.3, 0.15, tokens, ha="center", fontsize=9, family="monospace")
     arrow(axis, (3.3, 0.38), (3.3, 0.68), f"(B, {length}) ids")
@@ -314,16 +297,14 @@ def draw_single(name, title, tokens, attention, predicts, length):
 
 
 def architecture_encoder_only():
-    draw_single("architecture_encoder_only",
-                "Encoder-only: every position attends to every other",
+    draw_single("architecture_encoder_only", "Encoder-only: all positions attend to all positions",
                 "4 0 7 <SEP> four <MASK> seven", "self-attention, padding mask",
                 "a prediction at each <MASK>: zero", "S")
 
 
 def architecture_decoder_only():
     draw_single("architecture_decoder_only", "Decoder-only: the same layer, under a causal mask",
-                "4 0 7 <SEP> four zero", "self-attention, causal mask", "the next token: seven",
-                "T")
+                "4 0 7 <SEP> four zero", "causal self-attention", "the next token: seven", "T")
 
 
 def architecture_encoder_decoder():
@@ -344,7 +325,6 @@ def architecture_encoder_decoder():
     sublayers = [("causal self-attention", SOFT["attention"]), ("cross-attention", SOFT["cross"]),
                  ("feed-forward", SOFT["ff"])]
     right_top = draw_stack(axis, 8.2, 1.75, sublayers, "(B, T, D)")
-    # From the end of the encoder, to the cross-attention of every decoder layer.
     axis.plot([3.7, 5.4, 5.4], [memory + 0.1, memory + 0.1, 1.75 + 2.04 + 1.25], color=RED,
               linewidth=1.6)
     axis.add_patch(FancyArrowPatch((5.4, 1.75 + 2.04 + 1.25), (6.86, 1.75 + 2.04 + 1.25),
@@ -362,9 +342,7 @@ def architecture_encoder_decoder():
          "Encoder-decoder: every decoder layer attends to the encoder's last output")
 
 
-# -------------------------------------------------------------------------------------
-# Numbers about the models
-# -------------------------------------------------------------------------------------
+# --- Numbers about the models ---------------------------------------------------------
 def parameters(models):
     components = ["self-attention", "cross-attention", "feed-forward",
                   "embedding (tied with output)", "layer norms", "output bias"]
@@ -384,8 +362,8 @@ def parameters(models):
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     shares = [parameters_by_component(model)["feed-forward"] / left[name]
               for name, model in models.items()]
-    save(figure, "parameters", f"The feed-forward networks have {min(shares):.0%} to "
-                               f"{max(shares):.0%} of the weights")
+    save(figure, "parameters", f"Feed-forward networks have {min(shares):.0%} to {max(shares):.0%} "
+                               "of the parameters")
 
 
 def softmax_scaling():
@@ -399,22 +377,18 @@ def softmax_scaling():
             weights = torch.softmax(scores / math.sqrt(width) if scaled else scores, -1)
             largest[scaled].append(weights.amax(-1).mean().item())
     figure, axis = plt.subplots(figsize=(8, 3.6))
-    axis.plot(widths, largest[False], color=ORANGE, linestyle="--", marker="o",
-              label="softmax(q k)")
-    axis.plot(widths, largest[True], color=BLUE, marker="s", label="softmax(q k / sqrt(K))")
+    axis.plot(widths, largest[False], color=ORANGE, linestyle="--", marker="o", label="softmax(qk)")
+    axis.plot(widths, largest[True], color=BLUE, marker="s", label="softmax(qk / sqrt(K))")
     axis.axhline(1 / 16, color=GRAY, linestyle=":", label="uniform over 16 keys")
     axis.set(xscale="log", xlabel="K, size of a head's vectors",
              ylabel="largest weight, mean of 1000", ylim=(0, 1.03))
     axis.set_xticks(widths, widths)
     axis.minorticks_off()
     axis.legend(frameon=False)
-    save(figure, "softmax_scaling",
-         "Without 1/sqrt(K), wide heads put nearly all weight on one key")
+    save(figure, "softmax_scaling", "Without 1/sqrt(K), wide heads give one key nearly all weight")
 
 
-# -------------------------------------------------------------------------------------
-# Choosing tokens
-# -------------------------------------------------------------------------------------
+# --- Choosing tokens ------------------------------------------------------------------
 @torch.inference_mode()
 def sampling_strategies(undertrained):
     model = undertrained["decoder-only"]
@@ -435,7 +409,7 @@ def sampling_strategies(undertrained):
     for axis in axes[:, 0]:
         axis.set_ylabel("probability")
     save(figure, "sampling_strategies",
-         f"Six filters for one distribution: the token after \"{' '.join(prefix)}\"")
+         f"Six settings for one distribution: the token after \"{' '.join(prefix)}\"")
 
 
 def beam_search_tree(undertrained):
@@ -447,14 +421,14 @@ def beam_search_tree(undertrained):
     found = model.beam_search([VOCABULARY.encode(digits)], 3, 1.0, len(digits) + 2, trace)[0]
     best = found[0].tokens
     figure, axis = plt.subplots(figsize=(9.5, 5))
-    places = {(): (0, 0.0)}  # tokens of a hypothesis -> where it stands
+    places = {(): (0, 0.0)}  # tokens of a hypothesis -> its x and y in the figure
     axis.text(0, 0, "<SOS>", ha="center", va="center", fontsize=8.5,
               bbox={"boxstyle": "round", "facecolor": "white"})
     for step, candidates in enumerate(trace, 1):
         for rank, (before, token, total, ended) in enumerate(candidates):
             y = -rank + 1.0
             text = f"{VOCABULARY.tokens[token]}\n{total:.2f}"
-            if ended:  # what counts is the score, the mean per token
+            if ended:  # its score is the mean log-probability per token
                 text += f" / {step}\n= {total / step:.2f}"
             written = (*before, token)
             places[written] = (step, y)
@@ -463,21 +437,18 @@ def beam_search_tree(undertrained):
             axis.plot([x0 + 0.33, step - 0.33], [y0, y], color=RED if on_best else GRAY,
                       linewidth=2 if on_best else 1, zorder=0)
             frame = {"boxstyle": "round", "facecolor": "#CDEBDF" if ended else "white",
-                     "edgecolor": RED if on_best else "black",
-                     "linewidth": 1.8 if on_best else 0.8}
+                     "edgecolor": RED if on_best else "black", "linewidth": 1.8 if on_best else 0.8}
             axis.text(step, y, text, ha="center", va="center", fontsize=8, bbox=frame)
     deepest = max(len(candidates) for candidates in trace)
     axis.set(xlim=(-0.5, len(trace) + 0.5), ylim=(0.4 - deepest, 1.6), xlabel="step", yticks=[])
     axis.set_ylabel("candidates, best on top")
     axis.spines["left"].set_visible(False)
     verdict = "correct" if best == VOCABULARY.encode(words) + [EOS] else "wrong"
-    save(figure, "beam_search_tree", f"Beam search, width 3, for {' '.join(digits)}: the answer "
-                                     f"with the best score is thick ({verdict})")
+    save(figure, "beam_search_tree", f"Beam search, width 3, for {' '.join(digits)}: the thick "
+                                     f"path has the best score ({verdict})")
 
 
-# -------------------------------------------------------------------------------------
-# Training
-# -------------------------------------------------------------------------------------
+# --- Training -------------------------------------------------------------------------
 def learning_rate():
     peak, low = train_all.LEARNING_RATE, train_all.MIN_LEARNING_RATE
     warmup = train_all.WARMUP_STEPS
@@ -487,8 +458,8 @@ def learning_rate():
     figure, axis = plt.subplots(figsize=(8, 3.2))
     axis.plot(rates, color=BLUE)
     points = [(0, f"first step: {rates[0]:.0e}, not 0", 15, 0),
-              (warmup - 1, "peak, at the end of the warmup", 15, 0.05 * peak),
-              (total - 1, f"last step: {low:.0e}, and after it", -50, 0.15 * peak)]
+              (warmup - 1, "peak, at the end of warmup", 15, 0.05 * peak),
+              (total - 1, f"last step and after: {low:.0e}", -50, 0.15 * peak)]
     for step, text, dx, dy in points:
         axis.plot(step, rates[step], "o", color=RED)
         axis.text(step + dx, rates[step] + dy, text, va="center", fontsize=9)
@@ -497,7 +468,7 @@ def learning_rate():
 
 
 def curves_of_last_run():
-    """Return the curves that train_all.py has written to runs/, or None if they cannot be read."""
+    """Return the curves that train_all.py has written to runs/, or None without complete ones."""
     curves = {name: {"loss": [], "exact match": []} for name in ARCHITECTURES}
     try:
         for file, column in (("steps.csv", "loss"), ("history.csv", "exact match")):
@@ -512,10 +483,8 @@ def curves_of_last_run():
 
 
 def learning_curves(curves):
-    """From runs/ if train_all.py has written there, otherwise those of the small models."""
     read = curves_of_last_run()
-    source = "three small models, trained for this figure" if read is None else \
-        "the last run of train_all.py"
+    source = "small models, trained here" if read is None else "the last run of train_all.py"
     if read is None:
         read = {name: curves.get(name) or train_small(name)[1] for name in ARCHITECTURES}
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6))
@@ -529,15 +498,12 @@ def learning_curves(curves):
     right.set(xlabel="step", ylabel="exact match in %", ylim=(-3, 103))
     right.legend(frameon=False, loc="lower right")
     figure.supxlabel(source, fontsize=8)
-    save(figure, "learning_curves",
-         "One task, three architectures: the loss falls, exact match on held-out sequences rises")
+    save(figure, "learning_curves", "Training loss falls, and held-out exact match rises")
 
 
-# -------------------------------------------------------------------------------------
-# Attention of the trained models
-# -------------------------------------------------------------------------------------
+# --- Attention of the trained models --------------------------------------------------
 def draw_attention(name, title, origin, weights, rows, columns):
-    """Draw weights (layers, H, T, S) as a grid of heat maps: layers downward, heads across."""
+    """Draw weights (layers, H, T, S) as heat maps, one row per layer and one column per head."""
     layers, heads = weights.shape[:2]
     figure, axes = plt.subplots(layers, heads, squeeze=False,
                                 figsize=(2.3 * heads + 0.6, 2.5 * layers + 0.7))
@@ -574,14 +540,13 @@ def attention_figures(models, origins):
     digits = SENTENCE.split()
     weights = attention_weights(models, digits)
     n = len(digits)
-    # The mean weight of a masked word on its own digit, in the head where it is highest.
+    # The mean weight of a masked word on its own digit, in the head with the highest mean.
     own = weights["encoder-only"][0][:, :, n + 1:, :n].diagonal(dim1=-2, dim2=-1)
     masked = own.mean(-1).max().item()
     messages = {
-        "encoder-only": ("attention_encoder_only", "Encoder-only: in one head, a masked word gives "
-                                                   f"{masked:.0%} of its weight to its digit"),
-        "decoder-only": ("attention_decoder_only",
-                         "Decoder-only: no position attends to a later one")}
+        "encoder-only": ("attention_encoder_only", "Encoder-only: in one head, masked words give "
+                                                   f"{masked:.0%} of their weight to their digits"),
+        "decoder-only": ("attention_decoder_only", "Decoder-only: no token attends to later ones")}
     for name, (file, title) in messages.items():
         draw_attention(file, title, origins[name], *weights[name])
 
@@ -600,16 +565,14 @@ def cross_attention_alignment(models, origins):
                       color="white" if value < 0.6 else "black")
     axis.set_xticks(range(len(digits)), digits)
     axis.set_yticks(range(len(written)), VOCABULARY.decode(written))
-    axis.set(xlabel="key: source digit", ylabel="query, named by its prediction")
+    axis.set(xlabel="key: source digit", ylabel="query, named by the predicted token")
     figure.supxlabel(origins["encoder-decoder"], fontsize=7)
     figure.colorbar(image, label="weight")
     save(figure, "cross_attention_alignment",
          f"Cross-attention: each word attends to its digit (layer {layer}, head {head})")
 
 
-# -------------------------------------------------------------------------------------
-# Cost and meaning
-# -------------------------------------------------------------------------------------
+# --- The cache, and embeddings --------------------------------------------------------
 def key_value_cache():
     lengths = [16, 32, 64, 128, 192, 256]
     torch.manual_seed(SEED)
@@ -619,14 +582,12 @@ def key_value_cache():
              in decoder_only.time_generation(model, lengths).items()}
     figure, axis = plt.subplots(figsize=(8, 3.6))
     axis.plot(lengths, times[False], color=ORANGE, linestyle="--", marker="o",
-              label="without: the whole row again for each token")
-    axis.plot(lengths, times[True], color=BLUE, marker="s",
-              label="with key/value cache: only the new token")
+              label="without cache: the whole row for each token")
+    axis.plot(lengths, times[True], color=BLUE, marker="s", label="with cache: only the new token")
     axis.set(xlabel="tokens generated", ylabel="milliseconds (median of 3)", ylim=(0, None))
     axis.legend(frameon=False)
     saved = 1 - times[True][-1] / times[False][-1]
-    save(figure, "key_value_cache",
-         f"At {lengths[-1]} tokens, the cache saves {saved:.0%} of the time")
+    save(figure, "key_value_cache", f"At {lengths[-1]} tokens, the cache saves {saved:.0%} of time")
 
 
 @torch.no_grad()
@@ -648,19 +609,16 @@ def embedding_similarity(models, origins):
     figure.colorbar(image, ax=axes, label="cosine similarity", shrink=0.8)
     figure.supxlabel(origins["encoder-decoder"], fontsize=8)
     save(figure, "embedding_similarity",
-         f"Mean similarity of a digit and its word: {own[0]:+.2f} before training, "
-         f"{own[1]:+.2f} after")
+         f"Mean similarity of a digit and its word: {own[0]:+.2f} before, {own[1]:+.2f} after")
 
 
 def main():
     check_constants(globals())
     if not isinstance(SENTENCE, str) or not SENTENCE.split() \
             or not set(SENTENCE.split()) <= set(DIGITS):
-        raise InputError(f"SENTENCE={SENTENCE!r} must be digits with spaces between them: "
-                         "use '4 0 7'")
+        raise InputError(f"SENTENCE={SENTENCE!r} must be digits and spaces: use '4 0 7'")
     torch.set_num_threads(NUM_THREADS)
-    # Before any training: can the folder be written?
-    try:
+    try:  # fails before any training
         FIGURES.mkdir(exist_ok=True)
         (FIGURES / ".writable").touch()
         (FIGURES / ".writable").unlink()

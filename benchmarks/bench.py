@@ -1,5 +1,5 @@
 """
-bench.py - how fast are these scripts, next to torch.nn and Hugging Face's transformers?
+bench.py - compare the speed of these scripts with torch.nn and Hugging Face's transformers
 
     python -m pip install -r benchmarks/requirements.txt
     python benchmarks/bench.py            (about 4 minutes on two idle CPU cores)

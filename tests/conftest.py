@@ -1,4 +1,4 @@
-"""What the tests share: random models, and a way to run a script as a user does."""
+"""Shared by the tests: random models, and a way to run a script as a user does."""
 
 import atexit
 import functools
@@ -33,7 +33,7 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def one_thread_and_a_fixed_seed():
-    torch.set_num_threads(1)  # tests that wait for each other's threads are slower, not faster
+    torch.set_num_threads(1)  # more threads slow down tests that run in parallel
     torch.manual_seed(0)
 
 
@@ -60,7 +60,7 @@ def random_model(name, **arguments):
 
 
 class Workplace:
-    """A copy of the scripts in which a test can change constants and leave no trace."""
+    """A copy of the scripts in which a test can change constants."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -78,7 +78,7 @@ class Workplace:
         path.write_text(source, encoding="utf-8")
 
     def run(self, script, *words, timeout=600, **environment):
-        """Run it as a user does, but with a console that prints ASCII only and no display."""
+        """Run a script as a user does, but with an ASCII-only console and no display."""
         env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
         env.update(PYTHONIOENCODING="ascii", **environment)
         return subprocess.run(
@@ -94,7 +94,7 @@ class Workplace:
 
 @functools.cache
 def finished(script):
-    """(Workplace, CompletedProcess) of `script`, run once for all tests of this process."""
+    """(Workplace, CompletedProcess) of `script`, run once for all tests in this process."""
     folder = Path(tempfile.mkdtemp(prefix=f"{script}_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     place = Workplace(folder)
@@ -102,15 +102,15 @@ def finished(script):
 
 
 def run_of(script, *more):
-    """The id of a test that uses `finished(script)`. Tests with such an id share a process."""
+    """A test id for tests that use `finished(script)`. Tests with this id share a process."""
     return "-".join([f"run_of_{script}", *map(str, more)])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Let the tests that use one run of a script share a process, so that the script runs once.
+    """Put the tests that use one run of a script into one process, so that the script runs once.
 
-    (The mark xdist_group says the same, but pytest-xdist 3.8 does not see it under pytest 9.2.)
+    (The mark xdist_group is made for this, but pytest-xdist 3.8 ignores it under pytest 9.2.)
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -123,7 +123,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def last_lines_as_promised(script, printed, to_the_letter=False):
-    """Does `printed` end as the docstring of the script promises, except for the numbers?"""
+    """Return True if `printed` ends as the script's docstring says, except for numbers."""
     docstring = (ROOT / f"{script}.py").read_text(encoding="utf-8").split('"""')[1]
     block = re.search(r"last lines should be[^\n]*:\n\n((?:    .*\n)+)", docstring)[1]
     promised = [line[4:] for line in block.splitlines()]
@@ -138,9 +138,9 @@ def last_lines_as_promised(script, printed, to_the_letter=False):
 
 
 def refused(script, monkeypatch, capsys, **constants):
-    """Run the main() of module `script` with these constants, and return its one line of error.
+    """Run main() of the module `script` with these constants and return its one-line error.
 
-    It must end with exit code 2 before it prints anything else.
+    It must exit with code 2 before it prints anything else.
     """
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
     for name, value in constants.items():

@@ -1,8 +1,8 @@
 """Kill train_all.py at random moments and resume it: does it end with the same weights?
 
-    python tests/kill_and_resume.py 20            (about 4 minutes; prints a row a kill)
+    python tests/kill_and_resume.py 20            (about 4 minutes; prints one row per kill)
 
-Not collected by pytest, which has a shorter version of it in test_train_all.py.
+Not collected by pytest; test_train_all.py has a shorter version.
 """
 
 import random
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-from conftest import Workplace  # noqa: E402  (found through the line above)
+from conftest import Workplace  # noqa: E402  (the line above makes this import possible)
 
 FILES = ["encoder_only.pt", "decoder_only.pt", "encoder_decoder.pt"]
 
@@ -33,7 +33,7 @@ def same_bits(one, other):
 
 
 def kill_and_resume(reference, victim, kills, longest, seed=0):
-    """Run `reference` once, and `victim` with `kills` kills. True if the bits are the same."""
+    """Run `reference` once and `victim` with `kills` kills. Return True if the bits agree."""
     whole = reference.run("train_all", timeout=900)
     assert whole.returncode == 0, whole.stderr
     rng = random.Random(seed)
@@ -46,7 +46,7 @@ def kill_and_resume(reference, victim, kills, longest, seed=0):
         )
         first = (
             process.stdout.readline().strip()
-        )  # printed when it has found its place, or that there is none
+        )  # printed once it knows where to start
         delay = rng.uniform(0, longest)
         time.sleep(delay)
         finished = process.poll() is not None
@@ -71,7 +71,7 @@ def kill_and_resume(reference, victim, kills, longest, seed=0):
 def main():
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
-        # From before the first save to well after it, and 20 of them spread over all three
+        # From before the first save to well after it. Twenty kills are spread over all three
         # trainings.
         same = kill_and_resume(Workplace(Path(one)), Workplace(Path(other)), kills, longest=9.0)
     print(f"{kills} kills: the weights are {'the same to the last bit' if same else 'DIFFERENT'}")

@@ -1,11 +1,11 @@
-"""Run every "Try" of the scripts with SEED 0-4, and the experiments of the guide's tables.
+"""Run every "Try" of the scripts with SEED 0-4, and experiments for the guide's tables.
 
     python tests/measure_tries.py         the "Try" comments of the architecture scripts, and the
                                           constants of the guide's table 11.1 (about 10 minutes)
     python tests/measure_tries.py NAME    an experiment: fine_tuning, few_sequences, or ablations
 
-It prints each measured range next to the claimed one, and ends with the number of wrong ones: those
-that leave the claimed range by more than TOLERANCE. Not collected by pytest.
+It prints each measured range next to the claimed range, then the number of wrong claims: those
+that miss the measured range by more than TOLERANCE. Not collected by pytest.
 """
 
 import concurrent.futures
@@ -19,12 +19,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 SEEDS = range(5)
-TOLERANCE = 2.0  # percentage points: another machine rounds differently, and trains another model
+TOLERANCE = 2.0  # percentage points; rounding differs between machines, and so do the models
 SCRIPTS = ("encoder_only", "decoder_only", "encoder_decoder")
 
 
 def claims():
-    """Every (script, constant, value, lowest, highest) that a comment or the guide promises."""
+    """Every (script, constant, value, lowest, highest) claimed by a comment or the guide."""
     found = []
     for script in SCRIPTS:
         text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
@@ -74,13 +74,13 @@ def check_claims():
     return wrong
 
 
-# --- the experiments of the guide's tables --------------------------------------------
+# --- experiments for the guide's tables --------------------------------------------
 def percent(scores):
     return f"{100 * min(scores):5.1f} -{100 * max(scores):6.1f}"
 
 
 def fine_tuning():
-    """Do the words match the digits? By number of labeled rows, steps, and pretraining."""
+    """Accuracy of the match classifier by number of labeled rows, steps, and pretraining."""
     import encoder_only as script
     from toy_dataset import create_dataloaders
     from torch.utils.data import DataLoader
@@ -113,7 +113,7 @@ def fine_tuning():
 
 
 def few_sequences():
-    """Exact match after training on few sequences, and with the length given."""
+    """Exact match after training on few sequences, with and without the length given."""
     import compare_architectures as compare
     from toy_dataset import exact_match
 

@@ -1,9 +1,9 @@
-"""Plant the mistakes that learners make, one at a time, in a copy: does a test fail?
+"""Plant common mistakes in a copy, one at a time: does a test fail for each?
 
     python tests/planted_mistakes.py            (about 15 minutes; prints a row for each mistake)
     python tests/planted_mistakes.py guide      the same with mistakes in the guide, the README
 
-Not collected by pytest. A mistake is a text to find and a text to put there, in every script
+Not collected by pytest. A mistake is a text to find and its replacement, applied to every script
 that has it.
 """
 
@@ -24,9 +24,9 @@ MISTAKES = [
         "/ math.sqrt(queries.size(-1))  # (B, H",
         "/ queries.size(-1)  # (B, H",
     ),
-    ("score multiplied by 1000", "scores = queries @ keys", "scores = 1000 * queries @ keys"),
+    ("scores multiplied by 1000", "scores = queries @ keys", "scores = 1000 * queries @ keys"),
     (
-        "fused kernel scaled once more",
+        "fused kernel scaled twice",
         "F.scaled_dot_product_attention(queries,",
         "F.scaled_dot_product_attention(queries / math.sqrt(queries.size(-1)),",
     ),
@@ -57,7 +57,7 @@ MISTAKES = [
     ),
     ("softmax over queries", "torch.softmax(scores, dim=-1)", "torch.softmax(scores, dim=-2)"),
     (
-        "heads cut with view alone",
+        "heads split without a transpose",
         "return x.view(x.size(0), x.size(1), self.num_heads, self.head_dim).transpose(1, 2)",
         "return x.reshape(x.size(0), self.num_heads, x.size(1), self.head_dim)",
     ),
@@ -127,7 +127,7 @@ MISTAKES = [
     ("causal mask hides the present", ".tril(keys - queries)", ".tril(keys - queries - 1)"),
     ("causal mask ignores the cache", ".tril(keys - queries)", ".tril()"),
     ("causal mask shows one future token", ".tril(keys - queries)", ".tril(keys - queries + 1)"),
-    ("cache with positions that start over", "positions[:, start:end], caches)", "None, caches)"),
+    ("positions not passed with the cache", "positions[:, start:end], caches)", "None, caches)"),
     (
         "cached token at the wrong position",
         "positions[:, start:end], caches)",
@@ -138,7 +138,7 @@ MISTAKES = [
         "self.keys[:, :, self.length:end] = keys",
         "self.keys[:, :, max(0, self.length - 1):max(0, self.length - 1) + keys.size(2)] = keys",
     ),
-    ("memory appended to its cache in every step", "        if past > 0:\n", "        if False:\n"),
+    ("memory appended to its cache at every step", "        if past > 0:\n", "        if False:\n"),
     ("left padding counted as positions", "- first).clamp(min=0)", "- 0 * first).clamp(min=0)"),
     (
         "left padding not masked",
@@ -155,10 +155,10 @@ MISTAKES = [
         "return ids[:ids.index(stop_at) + 1] if stop_at in ids else ids",
         "return ids",
     ),
-    ("generation stops when the first row has", "if finished.all():", "if finished.any():"),
+    ("generation stops when the first row stops", "if finished.all():", "if finished.any():"),
     ("top-p drops the token that crosses p", "before < top_p", "before + probabilities <= top_p"),
     (
-        "top-k keeps all that are tied",
+        "top-k keeps all ties",
         "torch.zeros_like(logits, dtype=torch.bool).scatter(-1, best, True)",
         "logits >= logits.gather(-1, best[:, -1:])",
     ),
@@ -181,13 +181,13 @@ MISTAKES = [
         "done = (best_score > -math.inf)",
     ),
     (
-        "beams: finished ones stay",
+        "beams: finished hypotheses stay in the beam",
         "sums.masked_fill(ends, -math.inf).topk(width)",
         "sums.topk(width)",
     ),
     ("beams: wrong parent", "index // log_p.size(-1), index %", "index % width, index %"),
     (
-        "beams: a finished one gives up its place",
+        "beams: only the best W candidates",
         "totals, index = totals.topk(2 * width)",
         "totals, index = totals.topk(width)",
     ),
@@ -265,7 +265,7 @@ MISTAKES_IN_THE_GUIDE = [
     ),
     (
         "test that does not exist",
-        "`test_an_epoch_is_the_plainest_loop_there_is`",
+        "`test_an_epoch_equals_a_plain_training_loop`",
         "`test_an_epoch_is_the_plainest_loop`",
     ),
     ("wrong default", "| heads (`NUM_HEADS`) | 4 |", "| heads (`NUM_HEADS`) | 8 |"),
@@ -285,12 +285,12 @@ MISTAKES_IN_THE_GUIDE = [
         "| decoder-only | 101,760 | 3.1 | 5 |",
     ),
     (
-        "time wrong by a hundred",
+        "time wrong by a factor of 100",
         "| encoder-only | 101,786 | 3.1 | 1 |",
         "| encoder-only | 101,786 | 310.0 | 1 |",
     ),
     (
-        "tolerance that holds nothing",
+        "tolerance too wide to hold anything",
         "exact match, % (±1) |\n|---|---|---|---|---|\n| encoder-only | 101",
         "exact match, % (±90) |\n|---|---|---|---|---|\n| encoder-only | 101",
     ),
@@ -330,15 +330,15 @@ MISTAKES_IN_THE_GUIDE = [
     ("a question left out", "<b>7. What do attention", "<b>8. What do attention"),
     ("constant that does not exist", "`PROFILE_STEPS = 5`", "`PROFILING_STEPS = 5`"),
 ]
-# In this order: what needs no script to be run, then what needs quick_start.py alone.
+# First the tests that run no script, then those that run quick_start.py or toy_dataset.py.
 GUIDE_TESTS = [
-    "not run_of and not turned and not short_command and not finds_its_place",
+    "not run_of and not short_command and not text_to_replace",
     "run_of_quick_start or run_of_toy",
 ]
 
 
 def plant(old, new, paths):
-    """Replace `old` by `new` in every one of `paths` that has it; how many there were."""
+    """Replace `old` with `new` in each of `paths` that contains it. Return how many do."""
     planted = 0
     for path in paths:
         text = path.read_text(encoding="utf-8")
@@ -349,7 +349,7 @@ def plant(old, new, paths):
 
 
 def first_failure(folder, *arguments):
-    """The first test that fails in `folder` with these arguments of pytest, or None."""
+    """The first test that fails in `folder` with these pytest arguments, or None."""
     done = subprocess.run(
         [
             sys.executable,
@@ -386,7 +386,7 @@ def main():
             )
             planted = plant(old, new, [copy / "README.md"] if guide else copy.glob("*.py"))
             if not planted:
-                print(f"{'NOT FOUND':9s} {name}: the text to replace is nowhere", flush=True)
+                print(f"{'NOT FOUND':9s} {name}: no file contains the text to replace", flush=True)
                 missed += 1
                 continue
             if guide:

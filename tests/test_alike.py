@@ -1,4 +1,4 @@
-"""The scripts as texts: copies that agree, marks that are true, imports that only go down."""
+"""The scripts as texts: copies agree, marks are correct, imports only go down."""
 
 import ast
 import re
@@ -30,7 +30,7 @@ def without_docstrings(node):
 
 
 def as_in(text, earlier):
-    """`text` as it was in the script `earlier`: what later scripts marked as new is cut out."""
+    """`text` as in the script `earlier`, without what later scripts mark as new."""
     later = ARCHITECTURES[ARCHITECTURES.index(earlier) + 1 :]
     for script in later:
         block = rf"^ *# --- NEW in {script}\.py: .*\n(?:.*\n)*?^ *# --- end of what is new ---\n"
@@ -39,7 +39,7 @@ def as_in(text, earlier):
 
 
 def without_new_parameters(function, lines, earlier):
-    """Remove the parameters that marks in the signature of `function` call new after `earlier`."""
+    """Remove the parameters that the signature of `function` marks as new since `earlier`."""
     later = ARCHITECTURES[ARCHITECTURES.index(earlier) + 1 :]
     new = set()
     for line in lines[function.lineno - 1 : function.body[0].lineno]:
@@ -58,7 +58,7 @@ def without_new_parameters(function, lines, earlier):
 
 
 def definitions(script, earlier=None):
-    """{name: syntax tree} of the functions and classes of `script`, as they were in `earlier`."""
+    """{name: syntax tree} for the functions and classes of `script`, as they are in `earlier`."""
     text = as_in(source(script), earlier) if earlier else source(script)
     found = {}
     for node in ast.parse(text).body:
@@ -78,7 +78,7 @@ def definitions(script, earlier=None):
         ("decoder_only", "encoder_decoder"),
     ],
 )
-def test_code_with_one_name_is_the_same_apart_from_what_is_marked_new(earlier, later):
+def test_code_with_one_name_differs_only_where_marked_new(earlier, later):
     before, after = definitions(earlier), definitions(later, earlier)
     shared = before.keys() & after.keys() - OWN
     assert {
@@ -93,7 +93,7 @@ def test_code_with_one_name_is_the_same_apart_from_what_is_marked_new(earlier, l
     assert not [name for name in shared if before[name] != after[name]]
 
 
-def test_a_copy_that_drifts_is_noticed():
+def test_a_copy_that_drifts_is_detected():
     text = source("decoder_only").replace("scores, dim=-1", "scores, dim=-2")
     assert text != source("decoder_only")
     tree = {
@@ -105,7 +105,7 @@ def test_a_copy_that_drifts_is_noticed():
 
 
 @pytest.mark.parametrize("script", ARCHITECTURES)
-def test_marks_name_this_script_or_an_earlier_one_and_blocks_are_closed(script):
+def test_new_marks_name_valid_scripts_and_blocks_are_closed(script):
     allowed = ARCHITECTURES[1 : ARCHITECTURES.index(script) + 1]
     text = source(script)
     assert set(re.findall(r"NEW in (\w+)\.py", text)) == set(allowed)
@@ -114,8 +114,8 @@ def test_marks_name_this_script_or_an_earlier_one_and_blocks_are_closed(script):
 
 
 @pytest.mark.parametrize("script", ARCHITECTURES[1:])
-def test_stretches_that_are_called_known_are_the_same_word_for_word(script):
-    """From a line `KNOWN from X.py ... Continue reading at Y` to Y: the text of X, marks aside."""
+def test_stretches_marked_known_are_the_same_word_for_word(script):
+    """From `KNOWN from X.py ... Continue reading at Y` to Y, the lines are in X, except marks."""
     text, found = source(script), 0
     for match in re.finditer(
         r"# KNOWN from (\w+)\.py(, except for what is marked NEW)?[^`]*"
@@ -166,12 +166,12 @@ def test_imports_only_go_down_and_stay_within_the_requirements(script):
 
 
 @pytest.mark.parametrize("script", TOP_LEVEL)
-def test_everything_a_script_can_print_is_ascii(script):
+def test_every_script_is_ascii(script):
     assert source(script).isascii()
 
 
 @pytest.mark.parametrize("script", [*ARCHITECTURES, "toy_dataset", "housekeeping", "bookkeeping"])
-def test_every_public_function_says_what_it_does(script):
+def test_every_public_function_has_a_docstring(script):
     silent = [
         node.name
         for node in ast.walk(ast.parse(source(script)))
@@ -183,8 +183,8 @@ def test_every_public_function_says_what_it_does(script):
 
 
 @pytest.mark.parametrize("script", [*ARCHITECTURES, "toy_dataset", "quick_start"])
-def test_only_main_and_answer_and_demonstrations_read_the_constants(script):
-    """A function takes what it depends on as an argument, so that nothing acts across scripts."""
+def test_only_main_and_answer_read_the_constants(script):
+    """Other functions take what they depend on as arguments, so no script acts on another."""
     tree = ast.parse(source(script))
     constants = {
         node.targets[0].id

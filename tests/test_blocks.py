@@ -1,4 +1,4 @@
-"""The blocks: equal to PyTorch's own, and honest about masks."""
+"""The building blocks: equal to those of PyTorch, and correctly masked."""
 
 import math
 
@@ -17,7 +17,7 @@ B, S, T, D, H = 3, 5, 4, 16, 4
 
 
 def random_weights(module):
-    """Also norms and biases, which start as 1 and 0: an exchange of two of those would not show."""
+    """Norms and biases too. They start as 1 and 0, so a swap of two of them would not show."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(std=0.5)
@@ -47,7 +47,7 @@ def test_attention_equals_torch_multihead_attention(script, fused):
     if fused:
         use_fused_attention(ours)
     out, weights = ours(x, memory, real[:, None, None, :])
-    # PyTorch's own class means the opposite by True, hence the ~.
+    # In PyTorch's class, True means padding, hence the ~.
     expected, expected_weights = theirs(
         x, memory, memory, key_padding_mask=~real, average_attn_weights=False
     )
@@ -59,7 +59,7 @@ def test_attention_equals_torch_multihead_attention(script, fused):
 
 
 @torch.no_grad()
-def test_the_last_stage_of_attention_by_hand_is_the_multi_head_attention():
+def test_attention_by_hand_ends_in_the_multi_head_attention():
     ours = random_weights(encoder_only.MultiHeadAttention(D, H))
     x, memory = torch.randn(B, T, D).double(), torch.randn(B, S, D).double()
     mask = torch.rand(T, S) < 0.6
@@ -79,7 +79,7 @@ def test_encoder_layer_equals_torch_transformer_encoder_layer(script):
     )
     theirs = (
         theirs.double().train()
-    )  # dropout is 0; evaluation mode would take a shortcut of its own
+    )  # dropout is 0; in evaluation mode, PyTorch would use a fused path
     copy_attention(ours.attention, theirs.self_attn)
     theirs.norm1.load_state_dict(ours.norm1.state_dict())
     theirs.norm2.load_state_dict(ours.norm2.state_dict())
@@ -91,7 +91,7 @@ def test_encoder_layer_equals_torch_transformer_encoder_layer(script):
 
 
 @torch.no_grad()
-def test_decoder_only_layer_is_the_encoder_layer_under_a_causal_mask():
+def test_the_gpt_layer_is_the_encoder_layer_with_a_mask():
     ours = random_weights(decoder_only.DecoderLayer(D, H, 32))
     twin = encoder_only.EncoderLayer(D, H, 32).double().eval()
     twin.load_state_dict(
@@ -153,11 +153,11 @@ def test_decoder_layer_equals_torch_transformer_decoder_layer():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_written_out_attention_equals_the_fused_kernel_also_in_its_gradients(script):
+def test_the_formula_equals_the_fused_kernel_and_its_gradients(script):
     attention = random_weights(SCRIPTS[script].MultiHeadAttention(D, H))
     x = torch.randn(B, S, D).double()
     mask = key_padding()[:, None, None, :] & torch.ones(S, S, dtype=torch.bool).tril()
-    mask[1, 0, 2] = False  # a row that may attend to nothing
+    mask[1, 0, 2] = False  # a query that may attend to nothing
     outputs, gradients = [], []
     for fused in (False, True):
         if fused:
@@ -176,7 +176,7 @@ def test_written_out_attention_equals_the_fused_kernel_also_in_its_gradients(scr
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("fused", [True, False])
 @torch.no_grad()
-def test_a_query_that_may_attend_to_nothing_gets_zeros_never_nan(script, dtype, fused):
+def test_a_fully_masked_query_gets_zeros_never_nan(script, dtype, fused):
     attention = SCRIPTS[script].MultiHeadAttention(D, H).to(dtype).eval()
     if fused:
         use_fused_attention(attention)
@@ -185,7 +185,7 @@ def test_a_query_that_may_attend_to_nothing_gets_zeros_never_nan(script, dtype, 
     mask[2, 0, 3] = False
     x = torch.randn(B, S, D).to(dtype)
     out, weights = attention(x, x, mask)
-    nothing = attention.w_o.bias.to(dtype)  # what the output layer makes of zeros
+    nothing = attention.w_o.bias.to(dtype)  # the output layer's result for zeros
     torch.testing.assert_close(out[1], nothing.expand(S, D))
     torch.testing.assert_close(out[2, 3], nothing)
     assert torch.isfinite(out).all()
@@ -195,18 +195,18 @@ def test_a_query_that_may_attend_to_nothing_gets_zeros_never_nan(script, dtype, 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @torch.no_grad()
-def test_attention_weights_sum_to_one_are_zero_where_masked_and_come_before_dropout(script):
+def test_weights_before_dropout_sum_to_one_and_respect_the_mask(script):
     attention = SCRIPTS[script].MultiHeadAttention(D, H, dropout=0.5).double().train()
     x, mask = torch.randn(B, S, D).double(), key_padding()[:, None, None, :]
     _, weights = attention(x, x, mask)
     torch.testing.assert_close(weights.sum(-1), torch.ones(B, H, S).double())
-    assert (weights.masked_select(~mask) == 0).all()  # exactly, not about
+    assert (weights.masked_select(~mask) == 0).all()  # exactly 0
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("fused", [True, False])
 @torch.no_grad()
-def test_scores_are_divided_by_the_root_of_the_head_width(script, fused):
+def test_scores_are_divided_by_the_root_of_the_head_size(script, fused):
     attention = SCRIPTS[script].MultiHeadAttention(4, 1).double().eval()
     if fused:
         use_fused_attention(attention)
@@ -243,7 +243,7 @@ def test_positional_encoding_is_the_formula_of_the_paper(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_one_step_to_the_right_is_the_same_rotation_everywhere(script):
+def test_a_shift_of_positions_is_the_same_rotation_everywhere(script):
     table = SCRIPTS[script].PositionalEncoding(16, 60).table.double()
     pairs = torch.complex(table[:, 1::2], table[:, 0::2])  # cos + i sin = e^(i angle)
     for k in (1, 5):
@@ -252,7 +252,7 @@ def test_one_step_to_the_right_is_the_same_rotation_everywhere(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_given_positions_pick_their_rows(script):
+def test_given_positions_select_their_rows_of_the_table(script):
     encoding = SCRIPTS[script].PositionalEncoding(8, 20)
     x = torch.zeros(2, 3, 8)
     torch.testing.assert_close(encoding(x)[1], encoding.table[:3])
@@ -262,7 +262,7 @@ def test_given_positions_pick_their_rows(script):
 
 
 @pytest.mark.parametrize("script", ["decoder_only", "encoder_decoder"])
-def test_the_last_query_of_a_causal_mask_stands_at_the_last_key(script):
+def test_causal_masks_align_the_last_query_with_the_last_key(script):
     causal_mask = SCRIPTS[script].causal_mask
     assert causal_mask(3, 3)[0, 0].tolist() == [
         [True, False, False],
@@ -275,12 +275,12 @@ def test_the_last_query_of_a_causal_mask_stands_at_the_last_key(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("d_model, num_heads", [(65, 5), (64, 3), (64, 0)])
-def test_sizes_that_cannot_work_are_refused(script, d_model, num_heads):
+def test_sizes_that_cannot_work_are_rejected(script, d_model, num_heads):
     with pytest.raises(ValueError, match="d_model|num_heads=0"):
         MODELS[script](d_model=d_model, num_heads=num_heads)
 
 
-# --- dropout is where it is promised ----------------------------------------------------------
+# --- where dropout acts ----------------------------------------------------------
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_dropout_acts_inside_attention_and_feed_forward_in_training(script):
     module, x = SCRIPTS[script], torch.randn(2, S, D)
@@ -301,7 +301,7 @@ def test_dropout_acts_inside_attention_and_feed_forward_in_training(script):
         ("encoder_decoder", "DecoderLayer"),
     ],
 )
-def test_dropout_of_a_layer_acts_on_every_branch_before_the_addition(script, layer):
+def test_dropout_acts_on_every_branch_before_the_addition(script, layer):
     block = getattr(SCRIPTS[script], layer)(D, H, 32).train()
     block.dropout.p = 1.0  # every branch becomes 0, so only the residual path is left
     x, memory = torch.randn(B, T, D), torch.randn(B, S, D)

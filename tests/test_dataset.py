@@ -1,4 +1,4 @@
-"""The task: what every model is given, and what it is asked."""
+"""The task: the inputs and labels of every model."""
 
 import random
 import zlib
@@ -48,7 +48,7 @@ def items_for(rows):
     return items
 
 
-def test_the_vocabulary_has_26_tokens_and_special_ids_are_the_first():
+def test_the_vocabulary_has_26_tokens_with_special_ids_first():
     assert len(VOCABULARY) == 26 == len(set(VOCABULARY.tokens))
     assert (
         [VOCABULARY.ids[token] for token in SPECIAL_TOKENS]
@@ -59,7 +59,7 @@ def test_the_vocabulary_has_26_tokens_and_special_ids_are_the_first():
 
 
 @given(st.lists(st.text(alphabet=st.characters(exclude_categories=("Z", "C")), min_size=1)))
-def test_any_text_encodes_to_valid_ids_and_unknown_tokens_become_unk(tokens):
+def test_any_text_encodes_with_unknown_tokens_as_unk(tokens):
     ids = VOCABULARY.encode(tokens)
     assert all(
         (i == VOCABULARY.ids[t]) if t in VOCABULARY.ids else (i == UNK) for i, t in zip(ids, tokens)
@@ -68,13 +68,13 @@ def test_any_text_encodes_to_valid_ids_and_unknown_tokens_become_unk(tokens):
 
 
 @given(st.lists(st.integers(0, 25)))
-def test_decoding_and_encoding_are_inverse(ids):
+def test_decoding_inverts_encoding(ids):
     assert VOCABULARY.encode(VOCABULARY.decode(ids)) == ids
     assert VOCABULARY.decode(torch.tensor(ids, dtype=torch.long)) == VOCABULARY.decode(ids)
 
 
 @given(st.integers().filter(lambda i: not 0 <= i < 26))
-def test_an_id_outside_the_vocabulary_is_refused(i):
+def test_an_id_outside_the_vocabulary_is_rejected(i):
     with pytest.raises(ValueError, match="outside the vocabulary"):
         VOCABULARY.decode([i])
 
@@ -88,11 +88,11 @@ def test_sequences_are_distinct_balanced_and_reproducible(max_digits, data):
     assert sequences == make_sequences(num_samples, max_digits, seed)
     assert len(sequences) == num_samples == len({tuple(s) for s in sequences})
     counts = [sum(len(s) == n for s in sequences) for n in range(1, max_digits + 1)]
-    for length, count in enumerate(counts, 1):  # as many as the fullest length, or all that exist
+    for length, count in enumerate(counts, 1):  # balanced, or all that exist
         assert count == 10**length or count >= max(counts) - 1
 
 
-def test_all_sequences_that_exist_can_be_asked_for_but_not_one_more():
+def test_every_distinct_sequence_can_be_requested_but_no_more():
     assert len(make_sequences(110, 2, 0)) == 110
     with pytest.raises(ValueError, match="110"):
         make_sequences(111, 2, 0)
@@ -111,7 +111,7 @@ def test_training_and_validation_share_no_sequence():
 
 @given(digit_rows, st.floats(0.01, 0.5), st.floats(0.01, 0.5))
 @settings(deadline=None)
-def test_what_is_held_out_depends_on_the_digits_alone_and_a_larger_share_holds_out_more(
+def test_held_out_sets_depend_on_the_digits_and_are_nested(
     rows, one, other
 ):
     for digits in rows:
@@ -120,7 +120,7 @@ def test_what_is_held_out_depends_on_the_digits_alone_and_a_larger_share_holds_o
         assert is_held_out(digits, max(one, other)) or not held_out
 
 
-def test_held_out_is_the_checksum_and_nothing_else():
+def test_the_checksum_alone_decides_what_is_held_out():
     for length in (1, 2, 3):
         for number in range(10**length):
             text = f"{number:0{length}d}"
@@ -138,7 +138,7 @@ def test_no_script_trains_on_what_another_one_holds_out():
     assert held_out and not held_out & {tuple(item["digits"]) for item in large[0].dataset}
 
 
-def test_building_and_reading_data_leaves_the_global_generators_alone():
+def test_loading_data_leaves_the_global_generators_alone():
     torch.manual_seed(5)
     random.seed(5)
     before = torch.get_rng_state(), random.getstate()
@@ -148,7 +148,7 @@ def test_building_and_reading_data_leaves_the_global_generators_alone():
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
 
 
-def test_the_same_seed_gives_the_same_batches_and_another_seed_others():
+def test_batches_are_reproducible_and_depend_on_the_seed():
     first, again, other = (
         next(iter(create_dataloaders(500, 3, 32, seed)[0]))["pair"] for seed in (1, 1, 2)
     )
@@ -156,14 +156,14 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_others():
     assert first.shape != other.shape or not torch.equal(first, other)
 
 
-def test_tokenised_once_not_at_every_access():
+def test_items_are_tokenized_only_once():
     dataset = NumberTranslationDataset(50, 3, 0)
     assert dataset[7] is dataset[7]
 
 
 @given(digit_rows)
 @settings(deadline=None)
-def test_eos_follows_the_last_word_of_each_row_and_padding_follows_eos(rows):
+def test_eos_follows_the_last_word_and_padding_follows_eos(rows):
     batch = collate_fn(items_for(rows))
     for i, digits in enumerate(rows):
         n = len(digits)
@@ -179,7 +179,7 @@ def test_eos_follows_the_last_word_of_each_row_and_padding_follows_eos(rows):
 
 @given(digit_rows)
 @settings(deadline=None)
-def test_labels_are_the_input_moved_by_exactly_one(rows):
+def test_labels_are_the_input_shifted_by_exactly_one(rows):
     batch = collate_fn(items_for(rows))
     for inputs, labels in (
         (batch["decoder_input"], batch["labels"]),
@@ -195,7 +195,7 @@ def test_labels_are_the_input_moved_by_exactly_one(rows):
 
 @given(digit_rows)
 @settings(deadline=None)
-def test_masks_hide_padding_and_nothing_else_and_labels_never_mean_padding(rows):
+def test_masks_hide_only_padding_and_labels_are_never_pad(rows):
     batch = collate_fn(items_for(rows))
     for name in ("source", "decoder", "pair"):
         tokens = batch["decoder_input" if name == "decoder" else name]
@@ -217,6 +217,6 @@ def test_masks_hide_padding_and_nothing_else_and_labels_never_mean_padding(rows)
         (dict(num_samples=10**6, max_digits=3), "NUM_SAMPLES=1000000"),
     ],
 )
-def test_data_that_cannot_be_made_is_refused_by_name(options, words):
+def test_data_that_cannot_be_made_is_rejected_by_name(options, words):
     with pytest.raises(ValueError, match=words):
         create_dataloaders(**options)

@@ -1,4 +1,4 @@
-"""Generation: cache and batch change nothing, filters keep what they promise, beams search well."""
+"""Generation: cache and batch change no result; filters and beam search are correct."""
 
 import itertools
 import math
@@ -43,13 +43,13 @@ def test_cached_equals_uncached_for_prompts_of_unequal_length(name, options, sto
         ]
         assert written[0] == written[1]
         distinct |= {tuple(row) for row in written[0]}
-    assert len(distinct) > 10  # the prompts matter
+    assert len(distinct) > 10  # the output depends on the prompts
 
 
 @pytest.mark.parametrize("name", WRITERS)
 @torch.no_grad()
-def test_token_by_token_through_the_cache_gives_the_same_vectors_as_all_at_once(name):
-    """Stricter than equal tokens, which can hide slightly wrong vectors."""
+def test_decoding_in_pieces_with_a_cache_gives_the_same_vectors(name):
+    """This is stricter than equal tokens, which can hide slightly wrong vectors."""
     model, tokens = random_model(name), torch.tensor([[10, 6, 13, 4, 20, 16], [9, 9, 4, 25, 2, 7]])
     positions = torch.arange(6)[None]
     if name == "decoder_only":
@@ -73,8 +73,8 @@ def test_token_by_token_through_the_cache_gives_the_same_vectors_as_all_at_once(
 
 @pytest.mark.parametrize("name", WRITERS)
 @torch.no_grad()
-def test_with_a_cache_new_tokens_have_the_positions_after_it(name):
-    """Also without positions from the caller, who may forget them."""
+def test_positions_continue_after_the_cached_tokens(name):
+    """The caller passes no positions here."""
     model, tokens = random_model(name), torch.tensor([[10, 6, 13, 4, 20]])
     if name == "decoder_only":
         caches = [layer.self_attention.new_cache(1, 5) for layer in model.layers]
@@ -108,14 +108,14 @@ def test_beam_width_one_equals_greedy_even_where_rounding_makes_ties(dtype):
         assert [hypotheses[0].tokens for hypotheses in found] == model.generate(PROMPTS, 12)
 
 
-def test_a_large_whole_number_as_length_penalty_is_no_overflow():
+def test_a_large_integer_length_penalty_does_not_overflow():
     model = random_model("encoder_decoder", max_len=200)
     assert len(model.beam_search([[6, 7]], 2, 10, 150)[0]) == 2
 
 
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_every_row_of_a_batch_equals_the_row_alone(name, use_cache):
+def test_generating_a_batch_equals_generating_each_row_alone(name, use_cache):
     for seed in range(5):
         torch.manual_seed(seed)
         model = random_model(name)
@@ -127,8 +127,8 @@ def test_every_row_of_a_batch_equals_the_row_alone(name, use_cache):
 
 @pytest.mark.parametrize("name", WRITERS)
 @torch.no_grad()
-def test_greedy_is_the_likeliest_token_step_by_step(name):
-    """Compared with the plainest loop: the whole model on the whole row for each token."""
+def test_greedy_takes_the_most_likely_token_at_each_step(name):
+    """Compared with a plain loop that runs the whole model on the whole row for each token."""
     model = random_model(name)
     for prompt in PROMPTS:
         row = [SOS] if name == "encoder_decoder" else list(prompt)
@@ -145,7 +145,7 @@ def test_greedy_is_the_likeliest_token_step_by_step(name):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_row_ends_with_its_first_eos_and_only_there(name):
+def test_a_row_ends_at_its_first_eos_or_the_limit(name):
     stopped = 0
     for seed in range(12):
         torch.manual_seed(seed)
@@ -160,13 +160,13 @@ def test_a_row_ends_with_its_first_eos_and_only_there(name):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_generation_uses_no_dropout_and_leaves_the_mode_as_it_was(name):
+def test_generation_uses_no_dropout_and_restores_the_mode(name):
     model = random_model(name, dropout=0.5).train()
     assert model.generate(PROMPTS, 9) == model.generate(PROMPTS, 9)
     assert model.training
     with pytest.raises(ValueError):
         model.generate(PROMPTS, 0)
-    model.output.forward = None  # what a reader may break
+    model.output.forward = None  # as if a reader had broken it
     with pytest.raises(TypeError):
         model.generate(PROMPTS, 2)
     del model.output.forward
@@ -198,11 +198,11 @@ def test_generation_uses_no_dropout_and_leaves_the_mode_as_it_was(name):
         ({"temperature": None}, "temperature=None"),
         ({"prompts": [[6, 26]]}, "outside the vocabulary"),
         ({"prompts": [[6, -2]]}, "outside the vocabulary"),
-        ({"prompts": [[PAD, PAD]]}, "nothing but <PAD>"),
+        ({"prompts": [[PAD, PAD]]}, "only <PAD>"),
         ({"prompts": [[6] * 65]}, "max_len=64"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_in_one_line(name, options, words):
+def test_invalid_generation_settings_are_rejected_in_one_line(name, options, words):
     arguments = {"max_new_tokens": 4, **options}
     prompts = arguments.pop("prompts", PROMPTS)
     with pytest.raises(ValueError, match=words) as error:
@@ -211,7 +211,7 @@ def test_settings_that_cannot_work_are_refused_in_one_line(name, options, words)
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_top_k_larger_than_the_vocabulary_means_all_of_it(name):
+def test_a_top_k_beyond_the_vocabulary_keeps_every_token(name):
     model = random_model(name)
     rows = [
         model.generate(
@@ -227,13 +227,13 @@ def test_a_top_k_larger_than_the_vocabulary_means_all_of_it(name):
 @pytest.mark.parametrize("name", WRITERS)
 @given(rows=logit_rows, top_k=st.integers(1, 8))
 @settings(deadline=None)
-def test_top_k_keeps_exactly_k_and_none_less_likely_than_one_it_drops(name, rows, top_k):
+def test_top_k_keeps_exactly_the_k_most_likely_tokens(name, rows, top_k):
     logits = torch.tensor(rows)
     kept = SCRIPTS[name].filter_logits(logits, top_k=top_k) > -math.inf
     assert (kept.sum(-1) == min(top_k, 5)).all()
     for row, keep in zip(logits, kept):
         if not keep.all():
-            assert row[keep].min() >= row[~keep].max() - 1e-5  # as good as level: rounding
+            assert row[keep].min() >= row[~keep].max() - 1e-5  # tied up to rounding
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -244,13 +244,13 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(name, rows, top_p):
     kept = SCRIPTS[name].filter_logits(logits, top_p=top_p) > -math.inf
     for row, keep in zip(logits.softmax(-1), kept):
         assert keep.any()
-        assert row[keep].sum() >= top_p - 1e-9  # it reaches p,
+        assert row[keep].sum() >= top_p - 1e-9  # the tokens kept reach p,
         if top_p < 1 and keep.sum() > 1:
             assert (
                 row[keep].sum() - row[keep].min() < top_p + 1e-9
-            )  # and would not without its last member
+            )  # but not without the last of them
         if not keep.all():
-            assert row[keep].min() >= row[~keep].max() - 1e-5  # as good as level: rounding
+            assert row[keep].min() >= row[~keep].max() - 1e-5  # tied up to rounding
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -280,7 +280,7 @@ def test_temperature_divides_the_logits(name, rows, temperature):
     top_p=st.none() | st.floats(1e-6, 1.0),
 )
 @settings(deadline=None)
-def test_whatever_the_filters_leave_can_be_drawn_from(name, rows, temperature, top_k, top_p):
+def test_filtered_logits_are_always_a_valid_distribution(name, rows, temperature, top_k, top_p):
     probabilities = (
         SCRIPTS[name].filter_logits(torch.tensor(rows), temperature, top_k, top_p).softmax(-1)
     )
@@ -290,7 +290,7 @@ def test_whatever_the_filters_leave_can_be_drawn_from(name, rows, temperature, t
 
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("temperature", [0, 0.0, 1e-320, -1.0])
-def test_a_temperature_that_leaves_no_distribution_is_refused(name, temperature):
+def test_a_temperature_that_leaves_no_distribution_is_rejected(name, temperature):
     with pytest.raises(ValueError, match="temperature="):
         SCRIPTS[name].filter_logits(torch.randn(2, 5), temperature)
 
@@ -313,14 +313,14 @@ def test_sampling_follows_the_filtered_distribution(name):
 @pytest.mark.parametrize("name", WRITERS)
 @given(rows=logit_rows, penalty=st.floats(1.01, 5.0))
 @settings(deadline=None)
-def test_a_repetition_penalty_lowers_what_was_written_and_nothing_else(name, rows, penalty):
+def test_a_repetition_penalty_lowers_only_tokens_already_written(name, rows, penalty):
     written = torch.tensor([[1, 3, 3]] * len(rows))
     choose = SCRIPTS[name].choose_next_token
     for logits in (
         torch.tensor(rows),
         torch.tensor(rows) - 15,
         torch.tensor(rows) + 15,
-    ):  # mixed, all below 0, all above
+    ):  # mixed signs, all negative, all positive
         expected = logits.clone()
         for t in (1, 3):
             column = logits[:, t]
@@ -353,7 +353,7 @@ def log_probability(model, source, tokens):
 
 
 def all_answers(vocab_size, limit):
-    """Every sequence that ends with <EOS>, and every one that was cut off at the limit."""
+    """Every sequence that ends with <EOS>, and every sequence that is cut off at the limit."""
     others = [t for t in range(vocab_size) if t != EOS]
     for length in range(1, limit + 1):
         for beginning in itertools.product(others, repeat=length - 1):
@@ -379,7 +379,7 @@ def test_a_beam_as_wide_as_the_tree_equals_exhaustive_search(length_penalty):
             assert [h.score for h in hypotheses] == sorted(
                 (h.score for h in hypotheses), reverse=True
             )
-            for h in hypotheses:  # each one's figures are its own
+            for h in hypotheses:  # each hypothesis has its own numbers
                 assert h.log_probability == pytest.approx(scored[tuple(h.tokens)], abs=1e-9)
                 assert h.score == pytest.approx(
                     h.log_probability / len(h.tokens) ** length_penalty, abs=1e-9
@@ -397,7 +397,7 @@ def test_beam_width_one_equals_greedy(length_penalty):
         assert [len(f) for f in found] == [1] * len(PROMPTS)
 
 
-def test_beam_search_uses_no_dropout_and_leaves_the_mode_as_it_was():
+def test_beam_search_uses_no_dropout_and_restores_the_mode():
     model = random_model("encoder_decoder", dropout=0.5).train()
     found = model.beam_search(PROMPTS, 3, max_new_tokens=6)
     assert model.training
@@ -405,7 +405,7 @@ def test_beam_search_uses_no_dropout_and_leaves_the_mode_as_it_was():
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_repetition_penalty_does_not_count_the_prompt(name, monkeypatch):
+def test_a_repetition_penalty_ignores_the_prompt(name, monkeypatch):
     script, seen = SCRIPTS[name], []
     choose = script.choose_next_token
 
@@ -418,7 +418,7 @@ def test_a_repetition_penalty_does_not_count_the_prompt(name, monkeypatch):
     assert seen == [0, 1, 2, 3]
 
 
-def test_beam_search_on_a_batch_equals_beam_search_on_its_rows():
+def test_beam_search_on_a_batch_equals_its_rows():
     for seed in range(6):
         torch.manual_seed(seed)
         model = random_model("encoder_decoder")
@@ -431,7 +431,7 @@ def test_beam_search_on_a_batch_equals_beam_search_on_its_rows():
             )
 
 
-def test_beam_search_scores_are_those_of_the_model_without_cache():
+def test_beam_search_scores_are_those_without_a_cache():
     model = random_model("encoder_decoder")
     for source, hypotheses in zip(PROMPTS, model.beam_search(PROMPTS, 5, 1.0, 10)):
         for h in hypotheses:
@@ -440,7 +440,7 @@ def test_beam_search_scores_are_those_of_the_model_without_cache():
             )
 
 
-def test_a_wider_beam_never_finds_worse_on_the_whole_and_sometimes_better():
+def test_a_wider_beam_sometimes_finds_better_answers():
     better = 0
     for seed in range(10):
         torch.manual_seed(seed)
@@ -452,9 +452,9 @@ def test_a_wider_beam_never_finds_worse_on_the_whole_and_sometimes_better():
 
 @torch.no_grad()
 def plain_beam_search(model, source, width, penalty, limit):
-    """The rule in plain Python, on the whole model without a cache: the best score it finds.
+    """Beam search in plain Python, without a cache. Returns the best score that it finds.
 
-    Of the best 2W candidates, those that end are finished, and the best W others stay.
+    Of the best 2W candidates, those that end are finished, and the best W of the others stay.
     """
     hypotheses, finished = [(0.0, [SOS])], []
     for length in range(1, limit + 1):
@@ -473,7 +473,7 @@ def plain_beam_search(model, source, width, penalty, limit):
 
 
 @pytest.mark.parametrize("width, penalty", [(2, 1.0), (3, 0.0), (4, 0.7), (5, 1.5)])
-def test_beam_search_finds_what_the_plainest_search_finds(width, penalty):
+def test_beam_search_matches_a_plain_python_beam_search(width, penalty):
     for seed in range(4):
         model = beam_model(seed, vocab_size=8)
         sources = [[3, 4, 6, 5], [7, 7], [6]]
@@ -484,8 +484,8 @@ def test_beam_search_finds_what_the_plainest_search_finds(width, penalty):
             )
 
 
-def test_the_best_candidates_are_those_of_the_example_in_the_comment():
-    """a = 0, b = 1, <EOS> = 2; step 2 of the example before `beam_search`."""
+def test_best_candidates_reproduce_the_example_in_the_comment():
+    """Step 2 of the example before `beam_search`, with a = 0, b = 1, and <EOS> = 2."""
     log_p = torch.tensor([[-1.1, -1.2, -1.0], [-0.1, -2.9, -3.2]])
     sums, parent, token = best_candidates(torch.tensor([[-0.5, -1.2]]), log_p, 2)
     expected = torch.tensor([[-1.3, -1.5, -1.6, -1.7]])
@@ -494,7 +494,7 @@ def test_the_best_candidates_are_those_of_the_example_in_the_comment():
 
 
 def test_beam_search_stops_when_no_live_beam_can_win():
-    """A model that ends at once with near certainty: one step, although 30 are allowed."""
+    """A model that is almost certain of <EOS> needs one step, although 30 are allowed."""
     model = random_model("encoder_decoder")
     with torch.no_grad():
         model.final_norm.weight.zero_()
@@ -504,11 +504,11 @@ def test_beam_search_stops_when_no_live_beam_can_win():
     assert found[0].tokens == [EOS] and len(trace) == 1
 
 
-def test_a_beam_wider_than_the_vocabulary_means_all_of_it():
+def test_a_very_wide_beam_finds_every_answer_once():
     found = beam_model(0).beam_search([[3, 4]], 1000, 1.0, 2)[0]
     assert (
         len(found) <= 21
-    )  # 4 * 5 of length two, and <EOS> alone: every answer there is, none twice
+    )  # <EOS> alone, and 4 * 5 answers of length two: all that exist, each once
     assert len({tuple(h.tokens) for h in found}) == len(found)
 
 
@@ -526,14 +526,14 @@ def test_a_beam_wider_than_the_vocabulary_means_all_of_it():
         ({"sources": [[99]]}, "outside the vocabulary"),
     ],
 )
-def test_beam_settings_that_cannot_work_are_refused(options, words):
+def test_invalid_beam_settings_are_rejected(options, words):
     sources = options.pop("sources", PROMPTS) if "sources" in options else PROMPTS
     with pytest.raises(ValueError, match=words):
         random_model("encoder_decoder").beam_search(sources, **options)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_there_must_be_something_to_translate(name):
+def test_translate_rejects_empty_and_malformed_input(name):
     model = random_model(name)
     for nothing in ([], [[]], [["4"], []], ["4 0 7"], [[4, 0, 7]], None, "4 0 7"):
         with pytest.raises(ValueError, match="cannot be translated: give a list of lists"):

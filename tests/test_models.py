@@ -1,4 +1,4 @@
-"""The models: what influences what, what padding may not do, what a checkpoint survives."""
+"""The models: which tokens change which outputs, padding changes nothing, checkpoints are safe."""
 
 import math
 import os
@@ -32,7 +32,7 @@ def logits_of(name, model, source, target=None):
 
 
 @torch.no_grad()
-def test_a_future_token_cannot_change_the_past_in_a_decoder_only_model():
+def test_a_future_token_cannot_change_the_past_in_a_gpt():
     model = random_model("decoder_only")
     before = model(torch.tensor([PROMPT]))
     for changed in range(len(PROMPT)):
@@ -40,11 +40,11 @@ def test_a_future_token_cannot_change_the_past_in_a_decoder_only_model():
         tokens[0, changed] = 9
         difference = (model(tokens) - before).abs().sum(-1)[0]
         assert (difference[:changed] == 0).all()
-        assert (difference[changed:] > 1e-6).all()  # and the past does change the future
+        assert (difference[changed:] > 1e-6).all()  # but earlier tokens change later outputs
 
 
 @torch.no_grad()
-def test_a_future_token_cannot_change_the_past_in_the_decoder_of_an_encoder_decoder():
+def test_a_future_token_cannot_change_the_past_in_a_decoder():
     model = random_model("encoder_decoder")
     source, target = torch.tensor([PROMPT[:3]]), torch.tensor([[SOS, 20, 16, 23]])
     before = model(source, target)
@@ -60,7 +60,7 @@ def test_a_future_token_cannot_change_the_past_in_the_decoder_of_an_encoder_deco
 
 
 @torch.no_grad()
-def test_in_an_encoder_everyone_sees_everyone():
+def test_every_encoder_output_depends_on_every_input_token():
     model = random_model("encoder_only")
     before = model(torch.tensor([PROMPT]))
     for changed in range(len(PROMPT)):
@@ -117,9 +117,9 @@ def test_the_classifier_averages_real_tokens_only():
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_order_matters_without_positions_it_would_not(name):
-    # One layer: from the second on, a causal model can tell the order even without positions,
-    # because the first has shown each token only what came before it.
+def test_order_matters_only_because_of_positions(name):
+    # One layer only. With more, a causal model can infer the order even without positions,
+    # because the first layer shows each token only the tokens before it.
     model = random_model(name, num_layers=1)
     tokens, swapped = torch.tensor([[10, 6, 13, 9]]), torch.tensor([[6, 10, 13, 9]])
     target = torch.tensor([[SOS]])
@@ -133,7 +133,7 @@ def test_order_matters_without_positions_it_would_not(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_tied_weights_and_a_first_loss_near_guessing(name):
+def test_weights_are_tied_and_the_first_loss_is_a_guess(name):
     model = MODELS[name]()
     assert model.output.weight is model.embedding.weight
     _, loader = create_dataloaders(2000, 5, 64, 0)
@@ -146,13 +146,13 @@ def test_every_parameter_gets_a_gradient(name):
     batch = next(iter(create_dataloaders(500, 5, 64, 0)[0]))
     SCRIPTS[name].compute_loss(model, batch).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or (p.grad == 0).all()]
-    # A key's bias adds the same to all scores of a query, and softmax ignores it: its gradient is
-    # rounding noise.
+    # The bias of the keys adds the same to all scores of a query. The softmax ignores it, so its
+    # gradient is rounding noise.
     assert not [n for n in without if not n.endswith("w_k.bias")]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_gives_the_weights_of_each_layer_and_the_same_result_with_the_fused_kernel(name):
+def test_each_layer_returns_weights_and_matches_the_fused_kernel(name):
     model = random_model(name)
     tokens = torch.tensor([PROMPT, PROMPT[:3] + [PAD] * 4])
 
@@ -192,7 +192,7 @@ def test_a_forward_pass_compiles_as_one_graph(name):
 
 # --- checkpoints ----------------------------------------------------------------------
 @pytest.mark.parametrize("name", MODELS)
-def test_a_saved_model_comes_back_the_same(name, tmp_path):
+def test_a_saved_model_loads_unchanged(name, tmp_path):
     model = MODELS[name](d_model=16, num_heads=2, num_layers=1, d_ff=32)
     model.save(tmp_path / "new folder" / "model.pt")
     loaded = MODELS[name].load(tmp_path / "new folder" / "model.pt")
@@ -218,14 +218,14 @@ class Attack:
         ("empty", "damaged"),
         ("code", "damaged or not"),
         ("a bare tensor", "not a checkpoint"),
-        ("not numbers", "weights that are not numbers"),
+        ("not numbers", "NaN or infinite"),
         ("other architecture", "DecoderOnlyTransformer"),
         ("other size", "does not fit"),
         ("other arguments", "does not fit"),
         ("a folder", "no checkpoint"),
     ],
 )
-def test_a_checkpoint_that_is_broken_or_foreign_is_refused_in_one_line(
+def test_an_invalid_checkpoint_is_rejected_in_one_line(
     damage, words, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -272,7 +272,7 @@ def test_a_checkpoint_that_is_broken_or_foreign_is_refused_in_one_line(
     assert not (tmp_path / "pwned").exists()
 
 
-def test_a_failed_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+def test_a_failed_save_leaves_the_old_checkpoint_intact(tmp_path, monkeypatch):
     model = MODELS["encoder_only"](d_model=16, num_heads=2)
     model.save(tmp_path / "model.pt")
     before = (tmp_path / "model.pt").read_bytes()
@@ -289,7 +289,7 @@ def test_a_failed_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
 
 
 @torch.no_grad()
-def test_the_mask_is_the_only_thing_fill_masks_changes():
+def test_fill_masks_changes_only_the_masks():
     model = random_model("encoder_only")
     rows = ["4 0 <MASK> <SEP> four zero seven".split(), "<MASK>".split(), "9 <SEP> nine".split()]
     filled = encoder_only.fill_masks(model, rows)
@@ -299,7 +299,7 @@ def test_the_mask_is_the_only_thing_fill_masks_changes():
     assert VOCABULARY.ids[filled[0][2]] == logits[2].argmax()
 
 
-def test_filling_masks_uses_no_dropout_and_leaves_the_mode_as_it_was():
+def test_fill_masks_uses_no_dropout_and_restores_the_mode():
     model = random_model("encoder_only", dropout=0.5).train()
     rows = [[*"40712", "<SEP>", *["<MASK>"] * 5]] * 9
     filled = encoder_only.fill_masks(model, rows)
@@ -324,7 +324,7 @@ def test_evaluation_masks_all_words_and_nothing_else():
     torch.testing.assert_close(logits, model(seen))
 
 
-def test_the_most_uncertain_position_is_scored_even_in_a_confident_model():
+def test_the_most_uncertain_position_always_has_a_label():
     _, loader = create_dataloaders(300, 4, 32, 0)
     model = MODELS["decoder_only"](d_model=16, num_heads=2, num_layers=1).eval()
     with torch.no_grad():

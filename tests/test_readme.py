@@ -24,7 +24,7 @@ LINES = TEXT.splitlines()
 NUMBER = r"-?\d[\d,]*\.?\d*(?:e-?\d+)?"
 
 
-# --- what the page is made of ---------------------------------------------------------
+# --- the parts of the page ---------------------------------------------------------
 def blocks():
     """Every fenced block: (number of its first line, language, content)."""
     found, start = [], None
@@ -35,12 +35,12 @@ def blocks():
             else:
                 found.append((start + 1, LINES[start][3:], "\n".join(LINES[start + 1 : i])))
                 start = None
-    assert start is None, "a fence is not closed"
+    assert start is None, "a fenced block is not closed"
     return found
 
 
 def without_blocks():
-    """The lines of the page with those of fenced blocks empty, so that line numbers stay."""
+    """The lines of the page, with those of fenced blocks empty, so that line numbers stay."""
     lines, inside = [], False
     for line in LINES:
         lines.append("" if inside or line.startswith("```") else line)
@@ -56,7 +56,7 @@ def number(text):
 
 
 def anchor(heading):
-    """The anchor that GitHub makes of a heading."""
+    """The anchor that GitHub makes for a heading."""
     kept = re.sub(r"[^\w\- ]", "", heading.strip().lower())
     return kept.replace(" ", "-")
 
@@ -125,7 +125,7 @@ COMMANDS += [(i, span) for i, span in SPANS if re.match(r"(python|torchrun|ruff)
 
 
 # --- where things are -----------------------------------------------------------------
-def test_the_first_command_stands_within_ten_lines():
+def test_the_first_command_is_within_ten_lines():
     assert any(line.startswith("    python ") for line in LINES[:10])
 
 
@@ -137,7 +137,7 @@ def test_every_topic_is_one_click_from_the_contents():
     assert numbers == list(range(2, 18))  # section 1 is what stands above the contents
 
 
-def test_links_and_anchors_lead_somewhere():
+def test_every_link_has_a_target():
     anchors = {anchor(h.lstrip("# ")) for _, h in HEADINGS}
     assert len(anchors) == len(HEADINGS), "two headings have one anchor"
     dead = []
@@ -158,7 +158,7 @@ def test_links_and_anchors_lead_somewhere():
     assert not astray
 
 
-def test_every_figure_is_shown_once_and_says_what_it_shows():
+def test_every_figure_appears_once_with_alt_text():
     shown = re.findall(r"!\[([^\]]*)\]\(figures/(\w+\.png)\)", TEXT)
     assert sorted(name for _, name in shown) == sorted(
         path.name for path in (ROOT / "figures").glob("*.png")
@@ -166,7 +166,7 @@ def test_every_figure_is_shown_once_and_says_what_it_shows():
     assert all(len(text.split()) >= 3 for text, _ in shown)
 
 
-def test_papers_have_an_address_of_their_time_and_whatever_is_cited_is_listed():
+def test_years_of_papers_match_their_addresses_and_citations_are_listed():
     reading = " ".join(" ".join(section("16. Further reading")).split())
     for year, month in re.findall(
         r"(\d{4}), \[[^\]]+\]\(https://arxiv\.org/abs/(\d\d)\d\d\.\d{4,5}\)", reading
@@ -186,7 +186,7 @@ def test_papers_have_an_address_of_their_time_and_whatever_is_cited_is_listed():
     assert set(re.findall(cited, " ".join(elsewhere.split()))) <= listed
 
 
-# --- names and numbers of the files -----------------------------------------------------
+# --- names and numbers from the code -----------------------------------------------------
 @functools.cache
 def known_names():
     """Every name that the code defines or uses, and {class: its methods and attributes}."""
@@ -261,7 +261,7 @@ def test_every_name_in_the_text_exists():
     assert not unknown
 
 
-def test_a_name_that_is_said_to_be_in_a_file_is_defined_there():
+def test_every_name_attributed_to_a_file_is_defined_there():
     text, astray, seen = " ".join(" ".join(PROSE).split()), [], 0
     pairs = [
         (file, names)
@@ -281,7 +281,7 @@ def test_a_name_that_is_said_to_be_in_a_file_is_defined_there():
     assert seen > 30 and not astray
 
 
-def test_every_constant_that_is_given_a_value_exists():
+def test_every_constant_assigned_in_the_text_exists():
     constants = set()
     for path in ROOT.glob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -292,12 +292,12 @@ def test_every_constant_that_is_given_a_value_exists():
     assert not [item for item in given if item[1].split()[0] not in constants]
 
 
-def test_tests_that_are_named_exist():
+def test_every_test_named_in_the_text_exists():
     names, _ = known_names()
     assert not [span for _, span in SPANS if span.startswith("test_") and span not in names]
 
 
-def test_lines_and_minutes_of_the_files():
+def test_the_file_table_matches_line_counts_and_reading_times():
     table = table_under("4. Structure")
     tolerance = number(re.search(r"±([\d.]+)", table.header[1])[1])
     listed = set()
@@ -329,7 +329,7 @@ def test_the_minutes_of_a_path_add_up(title):
     assert total == hours[-1]
 
 
-def test_the_first_columns_of_the_reference_are_the_defaults_of_the_scripts():
+def test_the_reference_tables_match_the_defaults_of_the_scripts():
     adam, _ = SCRIPTS["decoder_only"].create_optimizer(torch.nn.Linear(2, 2), 1.0, 10, 2)
     lowest = SCRIPTS["decoder_only"].lr_factor(1000, 1000, 40)
     sizes = [sum(p.numel() for p in model().parameters()) for model in MODELS.values()]
@@ -385,8 +385,8 @@ def test_the_first_columns_of_the_reference_are_the_defaults_of_the_scripts():
     )
 
 
-# --- no number without a source ---------------------------------------------------------
-def test_every_table_with_numbers_says_where_they_are_from():
+# --- every number has a source ---------------------------------------------------------
+def test_every_numeric_table_names_its_source():
     for table in TABLES:
         numeric = [
             c
@@ -416,7 +416,7 @@ def paragraphs():
     return found
 
 
-def test_every_share_and_time_in_the_text_names_its_source():
+def test_every_percentage_and_time_in_the_text_names_its_source():
     """The paragraph of a percentage or a time names a command, file, constant, paper, or test."""
     source = (
         r"python \w+\.py|python -m|\.py`|\]\(#|(?:19|20)\d\d|`test_|`[A-Z_]+`|`[A-Z_]+ = "
@@ -430,7 +430,7 @@ def test_every_share_and_time_in_the_text_names_its_source():
     assert not bare
 
 
-def test_figures_in_the_text_are_those_of_the_code():
+def test_numbers_in_the_text_match_the_code():
     training, validation = (len(loader.dataset) for loader in toy_dataset.create_dataloaders())
     text = " ".join(" ".join(PROSE).split())
     words = {5: "five", 19: "nineteen", len(MISTAKES): "fifty-seven", 64: "sixty-four"}
@@ -462,7 +462,7 @@ def test_figures_in_the_text_are_those_of_the_code():
     assert milestones == [str(n) for n in range(1, len(milestones) + 1)] and len(milestones) >= 16
 
 
-def test_every_mistake_that_is_planted_still_finds_its_place():
+def test_every_planted_mistake_still_has_text_to_replace():
     scripts = [path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")]
     assert not [name for name, old, _ in MISTAKES if not any(old in text for text in scripts)]
     assert not [name for name, old, _ in MISTAKES_IN_THE_GUIDE if old not in TEXT]
@@ -470,7 +470,7 @@ def test_every_mistake_that_is_planted_still_finds_its_place():
 
 # --- commands ---------------------------------------------------------------------------
 @pytest.mark.parametrize("command", sorted({command for _, command in COMMANDS}))
-def test_a_command_exists(command):
+def test_every_command_in_the_text_exists(command):
     for part in command.split(" && "):
         words = shlex.split(part)
         assert words[0] in ("python", "torchrun", "ruff")
@@ -494,7 +494,7 @@ def test_a_command_exists(command):
             assert (ROOT / words[1]).is_file()
 
 
-def test_the_two_commands_of_the_set_up_are_those_that_ci_takes():
+def test_ci_runs_the_two_setup_commands_of_the_readme():
     words = set(
         re.findall(r"readme_command (\w+)", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
     )
@@ -524,7 +524,7 @@ def test_a_short_command_runs(command, workplace):
 
 # --- what is printed --------------------------------------------------------------------
 def same(promised, printed, tolerance):
-    """Are two lines the same, except for numbers that differ by at most tolerance(text)?"""
+    """Return True if two lines are equal, except that numbers may differ by tolerance(text)."""
     if re.sub(NUMBER, "#", promised).split() != re.sub(NUMBER, "#", printed).split():
         return False
     pairs = zip(re.findall(NUMBER, promised), re.findall(NUMBER, printed))
@@ -552,7 +552,7 @@ print(json.dumps(printed))
 
 @functools.cache
 def printed_by_snippets():
-    """What each snippet prints in a folder in which quick_start.py has run."""
+    """The output of each snippet in a folder where quick_start.py has run."""
     place, _ = finished("quick_start")
     done = subprocess.run(
         [sys.executable, "-c", RUNNER],
@@ -566,7 +566,7 @@ def printed_by_snippets():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_every_snippet_is_followed_by_what_it_prints():
+def test_every_snippet_is_followed_by_its_output():
     every = blocks()
     for (_, language, content), (_, after, _) in zip(every, [*every[1:], (0, "", "")]):
         assert language in ("python", "text"), language
@@ -578,8 +578,8 @@ def test_every_snippet_is_followed_by_what_it_prints():
 @pytest.mark.parametrize(
     "index", range(len(SNIPPETS)), ids=[run_of("quick_start", line) for line, _, _ in SNIPPETS]
 )
-def test_a_snippet_prints_what_stands_below_it(index):
-    def tolerance(text):  # one in the last digit of a fraction; whole numbers are exact
+def test_a_snippet_prints_the_output_shown_below_it(index):
+    def tolerance(text):  # 1 in the last decimal place; whole numbers must match
         return (
             1.01 * 10.0 ** -len(text.split(".")[1])
             if "." in text.rstrip(".") and "e" not in text
@@ -593,11 +593,11 @@ def test_a_snippet_prints_what_stands_below_it(index):
         assert same(a, b, tolerance), (a, b)
         assert re.findall(r"\{.*?\}", a) == re.findall(
             r"\{.*?\}", b
-        )  # what was put in is put in to the letter
+        )  # text in braces must match exactly
 
 
 @pytest.mark.parametrize("script", ["quick_start", "toy_dataset"], ids=run_of)
-def test_the_output_that_is_shown_is_what_the_script_prints(script):
+def test_the_output_shown_is_what_the_script_prints(script):
     command = (
         next(i for i, line in enumerate(PROSE) if re.match(rf"    python .*{script}\.py", line)) + 1
     )
@@ -632,13 +632,13 @@ def printed_rows(table):
         place = next(
             (i for i in range(position, len(lines)) if f"{lines[i]} ".startswith(f"{name} ")), None
         )
-        assert place is not None, f"nothing printed for {row[0]!r}"
+        assert place is not None, f"the command printed nothing for {row[0]!r}"
         position = place + 1
         yield row, lines[place][len(name) :]
 
 
 @pytest.mark.parametrize("table", MEASURED, ids=[run_of(t.script, t.first) for t in MEASURED])
-def test_a_measured_table_holds_what_its_command_prints(table):
+def test_a_measured_table_matches_the_output_of_its_command(table):
     compare_with_what_is_printed(table)
 
 
@@ -657,16 +657,16 @@ def compare_with_what_is_printed(table):
             within = re.search(r"±([\d.]+)", kind)
             if within:
                 assert number(within[1]) <= (20 if "%" in kind and "steps" not in kind else 125), (
-                    "this would hold nothing"
+                    "the tolerance is too wide to hold anything"
                 )
                 assert abs(printed - number(row[column])) <= number(within[1]), (row, line)
                 compared += 1
-            else:  # times and the like: a busy machine may be slow, but not by a factor of fifty
+            else:  # times and similar: a busy machine may be slow, but not 50 times as slow
                 assert 1 / 50 < printed / number(row[column]) < 50, (row, line)
     assert compared >= 2
 
 
-# --- that these tests can fail ------------------------------------------------------------
+# --- proof that these tests can fail ------------------------------------------------------------
 @pytest.mark.parametrize(
     "promised, printed, alike",
     [
@@ -676,11 +676,11 @@ def compare_with_what_is_printed(table):
         ("a 1 b", "a 1 c", False),
     ],
 )
-def test_a_line_that_differs_is_noticed(promised, printed, alike):
+def test_a_line_that_differs_is_detected(promised, printed, alike):
     assert same(promised, printed, lambda text: 0.021 if "." in text else 0) == alike
 
 
-def test_a_name_that_does_not_exist_is_noticed():
+def test_a_name_that_does_not_exist_is_detected():
     assert (
         is_known("MultiHeadAttention.forward")
         and is_known("nn.RMSNorm")
@@ -696,7 +696,7 @@ def test_a_name_that_does_not_exist_is_noticed():
 @pytest.mark.parametrize(
     "table", [t for t in MEASURED if t.script == "quick_start"], ids=[run_of("quick_start")]
 )
-def test_a_wrong_figure_in_a_table_is_noticed(table):
+def test_a_wrong_number_in_a_table_is_detected(table):
     compare_with_what_is_printed(table)
     with pytest.raises(AssertionError):
         compare_with_what_is_printed(

@@ -1,4 +1,4 @@
-"""Every script as a user runs it: what it promises, and what it says when something is wrong."""
+"""Every script as a user runs it: its documented results, and its messages about mistakes."""
 
 import importlib
 import os
@@ -31,10 +31,10 @@ def percentages(text, pattern):
 
 
 @pytest.mark.parametrize("script", ["toy_dataset", *ARCHITECTURES, "quick_start"], ids=run_of)
-def test_a_script_does_what_its_first_lines_promise(script):
+def test_each_script_prints_its_documented_results(script):
     workplace, done = finished(script)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""  # no warning, no progress bar where there is no terminal
+    assert done.stderr == ""  # no warnings, and no progress bar without a terminal
     lines = done.stdout.splitlines()
     assert last_lines_as_promised(script, done.stdout)
 
@@ -57,15 +57,15 @@ def test_a_script_does_what_its_first_lines_promise(script):
         assert percentages(done.stdout, "digits to words")[0] >= 99.5
         assert done.stdout.index("saved checkpoints/") < done.stdout.index(
             "\n2. "
-        )  # before the demonstrations
+        )  # saved before the demonstrations
         MODELS[script].load(workplace.folder / "checkpoints" / f"{script}.pt")
         if script == "encoder_only":
             assert percentages(done.stdout, "words to digits")[0] >= 95.0
             assert percentages(done.stdout, "do the words match\\? pretrained")[0] >= 75.0
-            assert percentages(done.stdout, "the same from scratch")[0] <= 75.0
+            assert percentages(done.stdout, "from scratch, with")[0] <= 75.0
 
 
-def test_a_constant_that_cannot_work_is_one_line_and_exit_code_2_for_a_user_too(workplace):
+def test_users_see_one_line_for_an_invalid_constant(workplace):
     workplace.set("quick_start", NUM_HEADS=3)
     done = workplace.run("quick_start")
     assert done.returncode == 2 and done.stdout == ""
@@ -82,14 +82,14 @@ def test_a_constant_that_cannot_work_is_one_line_and_exit_code_2_for_a_user_too(
         ({"LEARNING_RATE": float("nan")}, "LEARNING_RATE=nan"),
     ],
 )
-def test_a_constant_that_cannot_work_is_one_line_and_exit_code_2(
+def test_an_invalid_constant_gives_one_line_and_exit_code_2(
     script, constants, words, monkeypatch, capsys
 ):
     assert words in refused(importlib.import_module(script), monkeypatch, capsys, **constants)
 
 
 @pytest.mark.parametrize("script", ARCHITECTURES)
-def test_a_loss_that_explodes_is_one_line_and_exit_code_2(script, workplace):
+def test_an_exploding_loss_gives_one_line_and_exit_code_2(script, workplace):
     workplace.set(script, **SMALL)
     workplace.set(script, LEARNING_RATE=1e30, CLIP_NORM=1e30, WARMUP_STEPS=0)
     done = workplace.run(script)
@@ -99,9 +99,9 @@ def test_a_loss_that_explodes_is_one_line_and_exit_code_2(script, workplace):
 
 
 @pytest.mark.parametrize("script", ARCHITECTURES)
-def test_a_checkpoint_that_cannot_be_written_does_not_cost_the_result(script, workplace):
+def test_a_failed_checkpoint_write_does_not_cost_the_result(script, workplace):
     workplace.set(script, **SMALL)
-    (workplace.folder / "checkpoints").write_text("in the way: a file where the folder should be")
+    (workplace.folder / "checkpoints").write_text("a file where the folder should be")
     done = workplace.run(script)
     assert done.returncode == 0, done.stderr
     assert "exact match" in done.stdout and "warning: could not save checkpoints/" in done.stdout
@@ -109,7 +109,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_cost_the_result(script, wo
 
 @pytest.mark.skipif(
     os.name == "nt" or (hasattr(os, "geteuid") and os.geteuid() == 0),
-    reason="only a user without administrator rights can be kept out of a folder",
+    reason="an administrator can write to a read-only folder",
 )
 def test_a_read_only_folder_does_not_cost_the_result(workplace):
     workplace.set("decoder_only", **SMALL)
@@ -121,11 +121,11 @@ def test_a_read_only_folder_does_not_cost_the_result(workplace):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-def test_ctrl_c_ends_a_script_in_one_line_and_leaves_what_was_saved(workplace):
+def test_ctrl_c_prints_one_line_and_keeps_saved_checkpoints(workplace):
     checkpoint = workplace.folder / "checkpoints" / "decoder_only.pt"
     MODELS["decoder_only"](d_model=16, num_heads=2).save(checkpoint)
     before = checkpoint.read_bytes()
-    # Tests that are started in the background inherit that SIGINT is ignored. A script that a
+    # Tests that are started in the background inherit an ignored SIGINT. A script that a
     # user starts at a terminal does not.
     run = (
         "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
@@ -159,7 +159,7 @@ def test_ctrl_c_ends_a_script_in_one_line_and_leaves_what_was_saved(workplace):
         {"WARMUP_STEPS": 0, "BATCH_SIZE": 270},
     ],
 )
-def test_constants_at_the_edge_still_run_to_the_end(script, constants, workplace):
+def test_scripts_finish_with_extreme_constants(script, constants, workplace):
     workplace.set(script, **{**SMALL, **constants})
     done = workplace.run(script)
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -177,8 +177,8 @@ def test_a_script_runs_from_any_folder(workplace, tmp_path_factory):
     assert done.returncode == 0
 
 
-# --- the two scripts that import nothing of ours ----------------------------------------
-def test_the_tiny_gpt_fits_on_one_screen_and_reaches_98_percent(workplace):
+# --- the two scripts that import no other script ----------------------------------------
+def test_tiny_gpt_fits_90_lines_and_reaches_98_percent(workplace):
     assert len((workplace.folder / "tiny_gpt.py").read_text(encoding="utf-8").splitlines()) <= 90
     done = workplace.run("tiny_gpt")
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -190,7 +190,7 @@ def test_the_tiny_gpt_fits_on_one_screen_and_reaches_98_percent(workplace):
     ]
 
 
-def test_the_tiny_gpt_is_the_decoder_only_transformer(capsys):
+def test_tiny_gpt_equals_the_decoder_only_transformer(capsys):
     source = (ROOT / "tiny_gpt.py").read_text(encoding="utf-8").replace("= 0, 700, ", "= 3, 2, ")
     tiny = {}
     exec(compile(source, "tiny_gpt.py", "exec"), tiny)
@@ -223,7 +223,7 @@ def test_the_tiny_gpt_is_the_decoder_only_transformer(capsys):
         torch.testing.assert_close(ours(rows), tiny["model"](rows), atol=1e-5, rtol=0)
 
 
-def test_every_stage_of_attention_by_hand_agrees_with_the_stage_before():
+def test_each_stage_of_attention_by_hand_matches_the_previous_one():
     done = finished("attention_by_hand")[1]
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.count(": True") == 5 and "False" not in done.stdout
@@ -239,7 +239,7 @@ def test_every_stage_of_attention_by_hand_agrees_with_the_stage_before():
 
 # --- try it -----------------------------------------------------------------------------
 @pytest.mark.parametrize("script", ARCHITECTURES, ids=run_of)
-def test_after_a_run_a_script_answers_what_follows_its_name(script):
+def test_after_a_run_a_script_translates_its_arguments(script):
     place, _ = finished(script)
     done = place.run(script, "4", "0", "7")
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -269,13 +269,13 @@ def test_after_a_run_a_script_answers_what_follows_its_name(script):
         ("train_all", ["4"], "takes no arguments"),
     ],
 )
-def test_words_that_a_script_cannot_answer_cost_one_line(script, words, message, workplace):
+def test_invalid_arguments_give_one_line(script, words, message, workplace):
     done = workplace.run(script, *words)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert message in done.stderr
 
 
-def test_code_that_a_reader_broke_keeps_its_traceback(workplace):
+def test_broken_code_keeps_its_traceback(workplace):
     path = workplace.folder / "decoder_only.py"
     path.write_text(path.read_text().replace("queries @ keys.transpose(-2, -1)", "queries @ keys"))
     done = workplace.run("decoder_only")
@@ -284,8 +284,8 @@ def test_code_that_a_reader_broke_keeps_its_traceback(workplace):
 
 # --- what you read is what runs -----------------------------------------------------------
 @pytest.mark.parametrize("script", [*ARCHITECTURES, "tiny_gpt"])
-def test_editing_the_formula_changes_what_the_script_trains(script, workplace):
-    """A score times 3 in the text of the formula: the losses of the first steps must differ."""
+def test_editing_the_formula_changes_the_training(script, workplace):
+    """If the scores in the formula's text are multiplied by 3, the first losses must change."""
     path = workplace.folder / f"{script}.py"
     source = path.read_text(encoding="utf-8")
     assert source.count("queries @ keys") + source.count("q @ k") == 1

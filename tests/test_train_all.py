@@ -1,4 +1,4 @@
-"""The training pipeline: each technique does what it says, and a run survives being killed."""
+"""The training pipeline: each technique works as documented, and a killed run resumes."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ ITEMS = NumberTranslationDataset(300, 5, 0).items
 WRITERS = [
     "decoder_only",
     "encoder_decoder",
-]  # their loss has no random masks: one number for one batch
+]  # no random masks, so a batch always has the same loss
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def small(workplace):
 
 
 # --- learning rate and optimizer ------------------------------------------------------
-def test_decay_is_on_matrices_only_and_the_schedule_is_the_pure_function():
+def test_only_matrices_decay_and_rates_follow_lr_factor():
     model = MODELS["decoder_only"](d_model=16, num_heads=2)
     optimizer, scheduler = train_all.create_optimizer(model, 300)
     decayed, left_alone = optimizer.param_groups
@@ -61,7 +61,7 @@ def test_decay_is_on_matrices_only_and_the_schedule_is_the_pure_function():
         scheduler.step()
 
 
-def test_weight_decay_pulls_weights_towards_zero_and_leaves_biases(monkeypatch):
+def test_weight_decay_shrinks_weights_and_leaves_biases(monkeypatch):
     monkeypatch.setattr(train_all, "WEIGHT_DECAY", 0.5)
     model = MODELS["decoder_only"](d_model=16, num_heads=2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -76,14 +76,14 @@ def test_weight_decay_pulls_weights_towards_zero_and_leaves_biases(monkeypatch):
 
 # --- one step -------------------------------------------------------------------------
 class KeepGradients(torch.optim.SGD):
-    """An optimizer that takes no step: the gradients stay to be looked at."""
+    """An optimizer that takes no step, so that a test can look at the gradients."""
 
     def __init__(self, model):
         super().__init__(model.parameters(), lr=0.0)
 
 
 def step_on(name, group, dropout=0.0):
-    """Gradients of train_step on `group`, unclipped, with the loss it returns."""
+    """The gradients of train_step on `group`, with the loss and the norm that it returns."""
     torch.manual_seed(0)
     model = MODELS[name](d_model=16, num_heads=2, num_layers=2, d_ff=32, dropout=dropout).train()
     optimizer = KeepGradients(model)
@@ -115,7 +115,7 @@ def no_clipping(monkeypatch):
 def test_micro_batches_give_the_gradient_of_one_large_batch(name, sizes, no_clipping):
     rows = sorted(
         range(32), key=lambda i: len(ITEMS[i]["digits"])
-    )  # short rows first: micro-batches as unlike as can be
+    )  # short rows first, so that micro-batches differ as much as possible
     group, start = [], 0
     for size in sizes:
         group.append(rows[start : start + size])
@@ -128,7 +128,7 @@ def test_micro_batches_give_the_gradient_of_one_large_batch(name, sizes, no_clip
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_the_loss_of_a_step_is_the_mean_over_all_labels_of_the_group(name, no_clipping):
+def test_the_loss_of_a_step_averages_all_its_labels(name, no_clipping):
     group = [[0, 1, 2], [3], [4, 5, 6, 7, 8, 9]]
     torch.manual_seed(0)
     model = MODELS[name](d_model=16, num_heads=2, num_layers=2, d_ff=32).train()
@@ -137,7 +137,7 @@ def test_the_loss_of_a_step_is_the_mean_over_all_labels_of_the_group(name, no_cl
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_micro_batch_has_its_own_dice_whatever_was_drawn_before(name):
+def test_a_micro_batch_does_not_depend_on_earlier_draws(name):
     torch.manual_seed(123)
     one = step_on(name, [[0, 1, 2], [3, 4]], dropout=0.2)
     torch.rand(77)
@@ -145,12 +145,12 @@ def test_a_micro_batch_has_its_own_dice_whatever_was_drawn_before(name):
     assert one[1:] == other[1:] and all(torch.equal(one[0][key], other[0][key]) for key in one[0])
 
 
-def test_clipping_shortens_and_keeps_the_direction(monkeypatch):
+def test_clipping_shortens_the_gradient_and_keeps_its_direction(monkeypatch):
     monkeypatch.setattr(train_all, "CLIP_NORM", 1e9)
     free, _, norm = step_on("decoder_only", [[0, 1, 2, 3]])
     monkeypatch.setattr(train_all, "CLIP_NORM", norm / 10)
     clipped, _, norm_before_clipping = step_on("decoder_only", [[0, 1, 2, 3]])
-    assert norm_before_clipping == pytest.approx(norm)  # what is logged is the norm before
+    assert norm_before_clipping == pytest.approx(norm)  # as it is logged, before clipping
     assert math.sqrt(sum((g**2).sum().item() for g in clipped.values())) == pytest.approx(
         norm / 10, rel=1e-4
     )
@@ -158,7 +158,7 @@ def test_clipping_shortens_and_keeps_the_direction(monkeypatch):
         torch.testing.assert_close(clipped[key] * 10, free[key], atol=1e-5, rtol=1e-3)
 
 
-def test_label_smoothing_is_the_mixture_it_says(monkeypatch, no_clipping):
+def test_label_smoothing_mixes_in_the_uniform_distribution(monkeypatch, no_clipping):
     torch.manual_seed(0)
     model = MODELS["decoder_only"](d_model=16, num_heads=2, num_layers=2, d_ff=32).train()
     batch = collate_fn([ITEMS[i] for i in range(6)])
@@ -177,7 +177,7 @@ def test_bfloat16_gives_the_same_step_within_its_precision(name, monkeypatch, no
     rough, rough_loss, rough_norm = step_on(name, [[0, 1, 2, 3], [4, 5, 6, 7]])
     assert (
         rough_loss == pytest.approx(loss, rel=0.02) and rough_loss != loss
-    )  # it did something, and not much
+    )  # close, but not identical
     assert rough_norm == pytest.approx(norm, rel=0.1)
     cosine = sum((exact[k] * rough[k]).sum().item() for k in exact) / norm / rough_norm
     assert cosine > 0.99
@@ -200,14 +200,14 @@ def test_gradient_checkpointing_gives_the_same_gradients_for_less_memory(name):
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
     assert kept[1] < kept[0] / 2
     model.eval()
-    assert len(script.translate(model, [["4", "0"]])) == 1  # and it can still be used
+    assert len(script.translate(model, [["4", "0"]])) == 1  # the model can still translate
 
 
 # --- groups ---------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "rows, batch_size, accumulation", [(100, 8, 3), (7, 32, 2), (64, 32, 2), (65, 32, 2), (5, 1, 4)]
 )
-def test_an_epoch_uses_every_row_once_and_no_group_is_too_large(
+def test_an_epoch_uses_each_row_once_in_bounded_groups(
     rows, batch_size, accumulation, monkeypatch
 ):
     monkeypatch.setattr(train_all, "BATCH_SIZE", batch_size)
@@ -230,13 +230,13 @@ def test_the_best_weights_stay_when_later_epochs_are_worse():
         state.record["steps"] += [[0, 0.1, 1.0, 1.0, 10], [1, 0.1, 4.0, 1.0, 30]]
         row = {"exact_match": exact, "validation_loss": 1.0}
         assert state.add_epoch(row, 2, layer.state_dict()) == better
-    torch.nn.init.constant_(layer.weight, 9.0)  # the weights that are kept are a copy
+    torch.nn.init.constant_(layer.weight, 9.0)  # the weights kept must be a copy
     assert state.record["best_weights"]["weight"].item() == 2.0
     # The loss of an epoch is a mean over labels, not over steps.
     assert state.record["history"][0]["train_loss"] == pytest.approx((10 + 120) / 40)
 
 
-def test_a_resumed_epoch_sees_the_groups_that_are_left_and_each_later_epoch_all(monkeypatch):
+def test_a_resumed_run_processes_exactly_the_remaining_groups(monkeypatch):
     monkeypatch.setattr(train_all, "NUM_EPOCHS", 3)
     monkeypatch.setattr(train_all, "BATCH_SIZE", 10)
     model = MODELS["decoder_only"](d_model=16, num_heads=2, num_layers=1)
@@ -286,7 +286,7 @@ def table(path):
 
 
 @pytest.mark.parametrize("script", ["train_all"], ids=run_of)
-def test_the_whole_run_reaches_what_it_promises(script):
+def test_a_full_run_reaches_its_documented_results(script):
     workplace, done = finished(script)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     for name in ARCHITECTURES:
@@ -308,14 +308,14 @@ def test_the_whole_run_reaches_what_it_promises(script):
     assert not (workplace.folder / "runs" / "unfinished.pt").exists()
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path_factory):
+def test_a_run_killed_repeatedly_ends_with_the_same_bits(tmp_path_factory):
     places = [Workplace(tmp_path_factory.mktemp("train")) for _ in range(2)]
     for place in places:
         place.set("train_all", **SMALL)
     assert kill_and_resume(*places, kills=5, longest=2.5, seed=1)
 
 
-def test_a_run_with_other_constants_starts_from_scratch_and_says_which(small):
+def test_changed_constants_are_named_and_start_a_run_from_scratch(small):
     small.set("train_all", NUM_EPOCHS=40)
     process = subprocess.Popen(
         [sys.executable, "-u", "train_all.py"], cwd=small.folder, stdout=subprocess.PIPE, text=True
@@ -340,10 +340,10 @@ def test_a_run_with_other_constants_starts_from_scratch_and_says_which(small):
     )
     assert (
         run(small).stdout.splitlines()[0] == "no unfinished run: starting from scratch"
-    )  # the run before has finished
+    )  # the previous run has finished
 
 
-def test_a_run_with_other_code_starts_from_scratch(small):
+def test_changed_code_starts_a_run_from_scratch(small):
     small.set("train_all", NUM_EPOCHS=40)
     model, script = small.folder / "decoder_only.py", small.folder / "train_all.py"
 
@@ -363,7 +363,7 @@ def test_a_run_with_other_code_starts_from_scratch(small):
         return first
 
     start_and_kill_in_epoch(2)
-    small.set("train_all", NUM_THREADS=2)  # says how to run, not what to compute
+    small.set("train_all", NUM_THREADS=2)  # says how a run is carried out, not what it computes
     assert start_and_kill_in_epoch(4).startswith("resuming the unfinished run: encoder-only")
     for path, old, new in (
         (model, "class DecoderLayer", "SOMETHING = 1\n\n\nclass DecoderLayer"),
@@ -377,7 +377,7 @@ def test_a_run_with_other_code_starts_from_scratch(small):
         )
 
 
-def test_killed_after_the_last_training_it_goes_on_with_what_is_left(small):
+def test_a_run_killed_after_training_does_only_the_rest(small):
     process = subprocess.Popen(
         [sys.executable, "-u", "train_all.py"], cwd=small.folder, stdout=subprocess.PIPE, text=True
     )
@@ -387,13 +387,13 @@ def test_killed_after_the_last_training_it_goes_on_with_what_is_left(small):
     process.kill()
     process.communicate()
     done = run(small)
-    assert done.stdout.splitlines()[0] == "resuming the unfinished run: 3 architectures are trained"
+    assert done.stdout.splitlines()[0] == "resuming the unfinished run: 3 of 3 architectures trained"
     assert "epoch" not in done.stdout.split("Every strategy")[0].split("\n", 1)[1]
     assert len((small.folder / "runs" / "log.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-def test_a_gradient_that_is_no_number_stops_the_run_before_it_reaches_the_weights(bad):
+def test_a_nan_gradient_stops_training_before_changing_the_weights(bad):
     model = MODELS["decoder_only"](d_model=16, num_heads=2, num_layers=1).train()
     before = [p.detach().clone() for p in model.parameters()]
     model.final_norm.weight.register_hook(lambda gradient: gradient * bad)
@@ -416,7 +416,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_it_reaches_the_weight
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage" * 50, "cut", "flipped bit", "a folder"])
-def test_a_damaged_resume_file_is_one_line_and_the_old_model_stays_until_the_new_one_is_trained(
+def test_a_damaged_resume_file_is_reported_and_costs_no_model(
     small, content
 ):
     (small.folder / "runs").mkdir()
@@ -451,9 +451,9 @@ def test_a_damaged_resume_file_is_one_line_and_the_old_model_stays_until_the_new
     assert process.returncode == 0
 
 
-def test_a_full_disk_costs_files_and_one_line_each_not_the_run(small):
+def test_a_run_completes_with_warnings_if_files_cannot_be_written(small):
     for folder in ("runs", "checkpoints"):
-        (small.folder / folder).write_text("in the way: a file where the folder should be")
+        (small.folder / folder).write_text("a file where the folder should be")
     done = run(small)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("could not write runs/unfinished.pt") == 1  # once, not at every save
@@ -476,7 +476,7 @@ def test_compiled_training_gives_the_same_losses(tmp_path_factory):
     assert len(curves[0]) == len(curves[1]) and max(abs(a - b) for a, b in zip(*curves)) < 1e-3
 
 
-def test_where_nothing_can_compile_it_is_one_line(monkeypatch, capsys):
+def test_a_missing_compiler_is_reported_in_one_line(monkeypatch, capsys):
     def no_compiler(*_, **__):
         raise RuntimeError("no C++ compiler\nand a long traceback")
 
@@ -486,7 +486,7 @@ def test_where_nothing_can_compile_it_is_one_line(monkeypatch, capsys):
 
 
 def test_a_model_that_was_not_saved_is_not_measured(small, monkeypatch):
-    """An old checkpoint in the way of the new one must not be taken for the model just trained."""
+    """An old checkpoint must not be mistaken for a new model that could not be saved."""
     checkpoints = small.folder / "checkpoints"
     MODELS["decoder_only"](d_model=16, num_heads=2).save(checkpoints / "decoder_only.pt")
     path = small.folder / "housekeeping.py"
@@ -504,7 +504,7 @@ def test_a_model_that_was_not_saved_is_not_measured(small, monkeypatch):
     )
 
 
-def test_two_processes_give_the_loss_curve_of_one(tmp_path_factory):
+def test_two_processes_give_the_losses_of_one(tmp_path_factory):
     curves, places = [], []
     for processes in (1, 2):
         place = Workplace(tmp_path_factory.mktemp(f"processes{processes}"))
@@ -516,14 +516,14 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path_factory):
         assert done.returncode == 0, done.stderr
         assert (
             done.stdout.count("Exact match of the last runs") == 1
-        )  # only the first process speaks and writes
+        )  # only the first process prints and writes
         curves.append([float(row["loss"]) for row in table(place.folder / "runs" / "steps.csv")])
         places.append(place)
     assert len(curves[0]) == len(curves[1]) == 3 * 2 * 8
     assert max(abs(a - b) for a, b in zip(*curves)) < 1e-4
 
 
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path_factory):
+def test_a_run_resumes_with_another_number_of_processes(tmp_path_factory):
     whole, moved = (
         Workplace(tmp_path_factory.mktemp("whole")),
         Workplace(tmp_path_factory.mktemp("moved")),
@@ -550,7 +550,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path_factory):
     assert max(abs(a - b) for a, b in zip(*curves)) < 1e-4
 
 
-def test_a_process_that_dies_ends_the_job_with_its_error(small):
+def test_a_process_that_fails_ends_the_job_with_its_error(small):
     path = small.folder / "train_all.py"
     source = path.read_text()
     death = "    if rank() == 1:\n        raise RuntimeError('rank one has died')\n"
@@ -563,7 +563,7 @@ def test_a_process_that_dies_ends_the_job_with_its_error(small):
 def test_the_log_shows_only_the_constants_that_changed(small):
     assert run(small).returncode == 0
     with open(small.folder / "runs" / "log.jsonl", "a") as file:
-        file.write('{"torn')  # as a kill in the middle of a write would leave it
+        file.write('{"torn')  # as a kill in the middle of a write leaves it
         file.write("\n")
     small.set("train_all", LEARNING_RATE=0.004)
     done = run(small)
@@ -606,13 +606,13 @@ def test_the_profiler_writes_a_trace_and_names_five_operations(small):
         ({"NUM_SAMPLES": 10**7}, "NUM_SAMPLES=10000000"),
     ],
 )
-def test_constants_that_cannot_work_are_one_line_before_any_training(
+def test_train_all_rejects_invalid_constants_before_any_training(
     monkeypatch, capsys, constants, words
 ):
     assert refused(train_all, monkeypatch, capsys, **constants).count(words) == 1
 
 
-def test_micro_batches_that_cannot_be_shared_are_refused(small):
+def test_micro_batches_that_cannot_be_shared_are_rejected(small):
     small.set("train_all", ACCUMULATION_STEPS=3)
     done = run(small, processes=2)
     assert (
@@ -621,7 +621,7 @@ def test_micro_batches_that_cannot_be_shared_are_refused(small):
     )
 
 
-def test_same_bits_can_tell_a_difference(tmp_path):
+def test_same_bits_detects_different_weights(tmp_path):
     for number, folder in enumerate(("a", "b", "c")):
         for name in MODELS:
             torch.manual_seed(number == 2)

@@ -1,4 +1,4 @@
-"""Training: masks as in BERT, warmup from the first step, and a broken run that stops itself."""
+"""Training: masks as in BERT, warmup from the first step, and runs that stop at a NaN loss."""
 
 import math
 import re
@@ -36,7 +36,7 @@ def masked():
     return encoder_only.mask_tokens(PAIRS, generator=torch.Generator().manual_seed(0))
 
 
-def test_selected_tokens_become_80_percent_masks_10_percent_others_and_10_percent_stay(masked):
+def test_selected_tokens_follow_the_80_10_10_split(masked):
     corrupted, labels = masked
     selected = labels != IGNORE_INDEX
     shares = torch.tensor(
@@ -72,21 +72,21 @@ def test_special_tokens_are_never_selected_and_never_a_replacement(masked):
     )  # every digit and every word occurs
 
 
-def test_each_row_has_blanks_on_one_side_both_sides_occur_and_so_does_the_all_blank_row(masked):
+def test_each_row_masks_some_or_all_of_one_side(masked):
     _, labels = masked
     selected = labels != IGNORE_INDEX
     right = (PAIRS == SEP).cumsum(1) > 0
     on_left, on_right = (selected & ~right).sum(1), (selected & right).sum(1)
-    assert ((on_left > 0) ^ (on_right > 0)).all()  # exactly one side, and never none
+    assert ((on_left > 0) ^ (on_right > 0)).all()  # exactly one side
     assert (on_right > 0).double().mean().item() == pytest.approx(0.5, abs=0.03)
     long_rows = torch.arange(len(PAIRS)) % 2 == 0
     share_all = (torch.maximum(on_left, on_right)[long_rows] == 5).double().mean().item()
-    assert share_all > 0.1  # a fixed rate of 15 % would give 0.00008
+    assert share_all > 0.1  # a fixed rate of 15% would give 0.00008
     count = (torch.maximum(on_left, on_right)[long_rows]).double().mean().item() / 5
     assert 0.5 < count < 0.65  # rates between 0.15 and 1, and at least one
 
 
-def test_in_training_blanks_are_drawn_anew_in_evaluation_they_are_fixed():
+def test_masks_are_random_in_training_and_fixed_in_evaluation():
     model = MODELS["encoder_only"](d_model=16, num_heads=2, num_layers=1)
     batch = next(iter(create_dataloaders(500, 5, 64, 0)[0]))
     for training in (True, False):
@@ -97,7 +97,7 @@ def test_in_training_blanks_are_drawn_anew_in_evaluation_they_are_fixed():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("total, warmup", [(100, 10), (1000, 40), (5, 40), (3, 0), (1, 0)])
-def test_the_learning_rate_moves_at_once_peaks_once_and_ends_low(name, total, warmup):
+def test_the_learning_rate_starts_above_zero_peaks_and_decays(name, total, warmup):
     factors = [SCRIPTS[name].lr_factor(step, total, warmup) for step in range(total)]
     assert all(0 < factor <= 1 for factor in factors)
     up = factors[: min(warmup, total)]
@@ -127,11 +127,11 @@ def test_the_loss_is_the_mean_over_the_labels_that_count(name):
     words = sum(len(row) for row in batch["words"])
     assert count == words + (
         0 if name == "encoder_only" else len(batch["words"])
-    )  # <EOS> counts too, digits never
+    )  # <EOS> counts too, but digits do not
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_evaluation_is_the_same_for_every_batch_size_and_changes_nothing(name):
+def test_evaluation_ignores_the_batch_size_and_changes_nothing(name):
     model = MODELS[name](d_model=16, num_heads=2, num_layers=1)
     results = []
     for batch_size in (3, 32):
@@ -145,8 +145,8 @@ def test_evaluation_is_the_same_for_every_batch_size_and_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_exact_match_counts_what_translate_writes(name, monkeypatch):
-    """Every second row is correct: exact match is one half, and mistakes come first."""
+def test_exact_match_scores_the_output_of_translate(name, monkeypatch):
+    """If every second row is correct, exact match is one half, and mistakes come first."""
     script = SCRIPTS[name]
     _, loader = create_dataloaders(1000, 5, 10, 0)
     turn = iter(range(10**6))
@@ -163,9 +163,9 @@ def test_exact_match_counts_what_translate_writes(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_stop_too_early_or_too_late_is_a_mistake(name):
+def test_stopping_too_early_or_too_late_is_a_mistake(name):
     if name == "encoder_only":
-        pytest.skip("it is given the output length: there is no stop to get wrong")
+        pytest.skip("it is given the output length, so it cannot stop at the wrong place")
     script, model = SCRIPTS[name], MODELS[name](d_model=16, num_heads=2, num_layers=1)
     written = {
         "early": [20, 2],
@@ -180,8 +180,8 @@ def test_a_stop_too_early_or_too_late_is_a_mistake(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_one_batch_is_learned_by_heart(name):
-    """The loss goes to 0 unless a residual is broken, a shift wrong, or a weight frozen."""
+def test_one_batch_can_be_memorized(name):
+    """The loss goes to 0 unless a residual is broken, a shift is wrong, or a weight is frozen."""
     script = SCRIPTS[name]
     model = MODELS[name](d_model=32, num_heads=2, num_layers=2, d_ff=64)
     batch = next(iter(create_dataloaders(200, 4, 8, 0)[0]))
@@ -200,7 +200,7 @@ def test_one_batch_is_learned_by_heart(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_loss_that_is_no_number_stops_the_run_with_the_step_and_a_hint(name):
+def test_a_nan_loss_stops_training_with_step_and_hint(name):
     script, model = SCRIPTS[name], MODELS[name](d_model=16, num_heads=2, num_layers=1)
     train_loader, _ = create_dataloaders(300, 4, 32, 0)
     optimizer, scheduler = script.create_optimizer(model, 1e-3, 100, 40)
@@ -213,14 +213,13 @@ def test_a_loss_that_is_no_number_stops_the_run_with_the_step_and_a_hint(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_an_epoch_is_the_plainest_loop_there_is(name):
-    """Each step on the gradient of its own batch alone, clipped, at the schedule's rate."""
+def test_an_epoch_equals_a_plain_training_loop(name):
+    """Each step uses the clipped gradient of its own batch, at the scheduled learning rate."""
     script, models = SCRIPTS[name], []
     for _ in range(2):
         torch.manual_seed(3)
         models.append(MODELS[name](d_model=16, num_heads=2, num_layers=1, d_ff=32))
-    # SGD, because Adam divides by the gradient's size and makes a full step of what is rounding
-    # noise.
+    # SGD, because Adam divides by the gradient's size and makes a full step of rounding noise.
     optimizer = torch.optim.SGD(models[0].parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: script.lr_factor(step, 30, 5)
@@ -260,7 +259,7 @@ def test_training_is_reproducible(name):
     assert losses[0] == losses[1]
 
 
-def test_fine_tuning_leaves_the_encoder_as_it_was():
+def test_fine_tuning_leaves_the_original_encoder_unchanged():
     encoder = MODELS["encoder_only"](d_model=16, num_heads=2, num_layers=1)
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     classifier = encoder_only.MatchClassifier(encoder)
@@ -276,7 +275,7 @@ def test_fine_tuning_leaves_the_encoder_as_it_was():
     assert len(encoder_only.fine_tune(encoder, *loaders, 2, 1e-3, 5, 1.0)) == 2
 
 
-def test_half_of_the_rows_have_exactly_one_wrong_word_and_the_labels_say_which():
+def test_half_the_rows_get_one_wrong_word_and_label_0():
     corrupted, labels = encoder_only.corrupt_one_word(PAIRS, torch.Generator().manual_seed(0))
     changed = corrupted != PAIRS
     assert torch.equal(changed.sum(1), 1 - labels)
@@ -307,19 +306,19 @@ def test_half_of_the_rows_have_exactly_one_wrong_word_and_the_labels_say_which()
         ({"DROPOUT": 1.0}, "DROPOUT=1.0"),
         ({"DROPOUT": -0.1}, "DROPOUT=-0.1"),
         ({"VALIDATION_SHARE": 0}, "VALIDATION_SHARE=0"),
-        ({"MASK_SHARE": 0.8, "RANDOM_SHARE": 0.3}, "add up to more than 1"),
+        ({"MASK_SHARE": 0.8, "RANDOM_SHARE": 0.3}, "sum to more than 1"),
         ({"DEVICE": "tpu"}, "DEVICE='tpu'"),
         ({"BEAM_WIDTH": 0}, "BEAM_WIDTH=0"),
         ({"LENGTH_PENALTY": -1}, "LENGTH_PENALTY=-1"),
     ],
 )
-def test_constants_that_cannot_work_are_refused_by_name_value_and_fix(constants, words):
+def test_invalid_constants_are_rejected_with_name_value_and_fix(constants, words):
     with pytest.raises(ValueError) as error:
         check_constants(constants)
     assert words in str(error.value) and "use " in str(error.value) and "\n" not in str(error.value)
 
 
-def test_constants_that_work_pass():
+def test_valid_constants_are_accepted():
     check_constants(
         {
             "D_MODEL": 64,
@@ -335,11 +334,11 @@ def test_constants_that_work_pass():
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in ROOT.glob("*.py")))
-def test_every_constant_in_a_block_of_constants_has_a_rule(script):
+def test_every_constant_in_a_constants_block_has_a_rule(script):
     text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     blocks = re.findall(r"# CONSTANTS - .*\n# =+\n((?:.*\n)*?)# =+\n", text)
     names = set(re.findall(r"^([A-Z_]+) = ", "".join(blocks), flags=re.MULTILINE))
-    assert names <= RULES.keys() | {"DEVICE", "SENTENCE"}  # these two are checked on their own
+    assert names <= RULES.keys() | {"DEVICE", "SENTENCE"}  # these two have their own checks
     for name in names:
         kind, *limits = RULES.get(name, (bool,))
         if limits:
