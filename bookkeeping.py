@@ -66,8 +66,8 @@ class TrainingState:
 
     epoch, group  the position in training: `group` steps of epoch number `epoch` are done
     record        history (a dict per epoch), steps (a list per step), the best score and its
-                  weights, and the training time. It has only plain values and tensors, so that the
-                  file can be loaded safely
+                  weights, and the training time: only plain values and tensors, so that the file
+                  can be loaded safely
     """
 
     def __init__(self, name, model, optimizer, scheduler, scaler):
@@ -79,7 +79,7 @@ class TrainingState:
         self.clock = time.perf_counter()
 
     def update_seconds(self):
-        """Add the time since the last call to the record."""
+        """Add to the record the time since the last call."""
         now = time.perf_counter()
         self.record["seconds"] += now - self.clock
         self.clock = now
@@ -97,7 +97,7 @@ class TrainingState:
             part.load_state_dict(state[name])
 
     def add_epoch(self, row, num_steps, weights):
-        """Record an epoch of `num_steps` steps. If it is the best, keep `weights`, return True."""
+        """Record an epoch of `num_steps` steps. If it is best, keep `weights` and return True."""
         steps = self.record["steps"][-num_steps:]
         norms = [norm for _, _, _, norm, _ in steps if math.isfinite(norm)]
         row["learning_rate"] = steps[-1][1]
@@ -114,7 +114,7 @@ class TrainingState:
 
 
 def settings_of_run(script, constants, free):
-    """Return the settings that decide a run's result: its constants, without `free`, and CODE.
+    """Return the settings that decide a run's result: its constants, except `free`, and CODE.
 
     CODE is a hash of all scripts, without the lines that set these constants.
     """
@@ -156,7 +156,7 @@ def load_unfinished(settings, device):
                 content = UNFINISHED.read_bytes()
             except OSError:
                 content = b""  # reported below, in all processes
-    if world_size() > 1:  # each machine has its own runs/, and the file of the first one counts
+    if world_size() > 1:  # each machine has its own runs/; only the first machine's file is used
         box = [content]
         dist.broadcast_object_list(box, src=0, device=device if device.type == "cuda" else None)
         content = box[0]
@@ -176,8 +176,8 @@ def load_unfinished(settings, device):
         if rank() == 0:
             with contextlib.suppress(OSError):
                 UNFINISHED.replace(RUNS / "unfinished.old.pt")
-        say(f"the unfinished run had other settings ({differences(before, settings)}): starting "
-            "from scratch; it is kept as runs/unfinished.old.pt")
+        say(f"the unfinished run had different settings ({differences(before, settings)}): "
+            "starting from scratch; it is kept as runs/unfinished.old.pt")
         return {}, None
     say(f"resuming the unfinished run: {place}")
     return done, progress

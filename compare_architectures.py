@@ -16,7 +16,8 @@ names the sections that support them.
 
 Run it:     python compare_architectures.py        (about 100 seconds on one CPU core)
 
-Sections 1, 2, 5, and 6 use the models in checkpoints/, or those of section 3 where one is missing.
+Sections 1, 2, 5, and 6 use the models in checkpoints/, and those of section 3 for any that are
+missing.
 """
 import copy
 import functools
@@ -81,7 +82,7 @@ def new_model(name, **changes):
 
 
 def train(name, model, num_steps, warmup_steps=WARMUP_STEPS, num_sequences=None, watch=None):
-    """Train and return `model`, on a random subset of `num_sequences` if that is given."""
+    """Train `model` (on `num_sequences` random sequences, if given) and return it."""
     train_loader, _ = loaders()
     if num_sequences is not None:
         items = random.Random(SEED).sample(list(train_loader.dataset), num_sequences)
@@ -103,7 +104,7 @@ def median_milliseconds(run, rounds=5):
 
 
 def held_out_sequences(count=200):
-    """Return (digits, words) of up to `count` held-out sequences, evenly over the lengths."""
+    """Return (digits, words) of up to `count` held-out sequences, keeping the mix of lengths."""
     held_out = list(loaders()[1].dataset)  # ordered by length
     items = [held_out[i * len(held_out) // count] for i in range(count)]
     items = items if len(held_out) > count else held_out
@@ -131,7 +132,7 @@ def influence(model, inputs, changed):
 def show_influence(models):
     """Print the measured influence next to the mask that explains it."""
     print("\n1. Which token attends to which. Rows are outputs, columns are input tokens that were "
-          "changed.\n   # the output changed, . it did not change")
+          "changed.\n   # = output changed, . = unchanged")
     pair = torch.tensor([VOCABULARY.encode("4 0 7 <SEP> four zero seven")])  # (1, 7)
     source = pair[:, :3]  # (1, 3)
     target = torch.tensor([[SOS] + pair[0, 4:].tolist()])  # (1, 4)
@@ -144,7 +145,7 @@ def show_influence(models):
     for name, why, inputs, changed, mask in cases:
         measured = influence(models[name], inputs, changed)  # (T, S)
         agree = "agree" if torch.equal(measured, mask) else "DIFFER"
-        print(f"  {name}: {why}. Measured and mask {agree}")
+        print(f"  {name}: {why}. The two {agree}")
         print(f"    {'':8s}{'measured':{2 * mask.size(1) + 4}s}mask")
         for row, label in enumerate(VOCABULARY.decode(inputs[-1][0])):
             grids = [" ".join("#" if seen else "." for seen in grid[row].tolist())
@@ -217,21 +218,21 @@ def show_learning_curves(curves):
         steps, seconds, exact, loss = curve[-1]
         print(f"  {name:17s}{cells[0]:>20s}{cells[1]:>20s}{exact:13.1%}{loss:9.4f}"
               f"{1000 * seconds / steps:13.1f}")
-    print(f"  exact match every {EVALUATE_EVERY} steps: 0 is below 10%, 9 is 90% or more, "
+    print(f"  exact match every {EVALUATE_EVERY} steps: 0 is below 10%, 9 is 90% to 99%, "
           "# is 99% or more")
     for name, curve in curves.items():
         signs = "".join("#" if exact >= 0.99 else str(min(9, int(10 * exact)))
                         for _, _, exact, _ in curve)
         print(f"  {name:17s}|{signs}|")
-    print("  The encoder-only model is given the output length, and learns both directions in these"
-          "\n  steps. Scores dip while the learning rate is high. With a constant learning rate "
-          "(tried with\n  two seeds), they dip until the last step.")
+    print("  The encoder-only model is given the output length, and learns to translate back too.\n"
+          "  Scores dip while the learning rate is high. With a constant learning rate (tried with "
+          "two\n  seeds), they keep dipping to the last step.")
 
 
 # --- 4. Few training sequences --------------------------------------------------------
 @torch.inference_mode()
 def exact_match_given_length(name, model, digits, words):
-    """Return the exact match if the output length is given, so that <EOS> is never chosen."""
+    """Return the exact match with the output length given and <EOS> forbidden."""
     def forbid_eos(_, __, logits):
         logits[..., EOS] = -math.inf
         return logits
@@ -262,8 +263,8 @@ def show_few_sequences():
                 rows.setdefault(f"{name}, length given", []).append(score)
     for label, scores in rows.items():
         print(f"  {label:30s}" + "".join(f"{score:15.1%}" for score in scores))
-    print("  The encoder-only model is always given the output length. That is a part of its lead, "
-          "as the\n  rows with the length given show.")
+    print("  The encoder-only model is always given the output length. That explains part of its "
+          "lead, as\n  the rows with the length given show.")
 
 
 # --- 5. What each costs ---------------------------------------------------------------
@@ -367,7 +368,7 @@ def show_words_to_digits(models, digits, words):
 
 
 def show_longer_inputs(models):
-    print("  longer than in training, exact match on 100 sequences of each length")
+    print("  longer than in training (all but the first column), exact match on 100 sequences each")
     generator = torch.Generator().manual_seed(SEED)
     lengths = range(MAX_DIGITS, MAX_DIGITS + 4)
     print(f"    {'':16s} " + "".join(f"{f'{n} digits':>12s}" for n in lengths))
@@ -386,7 +387,7 @@ def show_longer_inputs(models):
         print(f"    {name:16s} " + "".join(f"{cell:>12s}" for cell in cells))
     for name, (sequence, written) in failures.items():
         print(f"    {name:16s} {' '.join(sequence)} -> {' '.join(written)}")
-    print("  The sinusoids are defined at these positions, but no model was trained on them.")
+    print("  The sinusoids are defined at the new positions, but no model was trained on them.")
 
 
 def show_limits(models):
@@ -530,7 +531,7 @@ def show_padding_ablation():
     train("encoder-decoder", model, ABLATION_STEPS)
     show("missing in training and generation", model)
     print("  Without the mask, the answer for a row depends on its padding. A model that was "
-          "trained\n  without the mask relies on padding, and gets rows without padding wrong.")
+          "trained\n  without the mask relies on padding, and fails on shorter rows without it.")
 
 
 # --- 9. Choosing ----------------------------------------------------------------------
@@ -555,7 +556,7 @@ def show_choices():
     for task, architecture, known, why in guide:
         print(f"  {task:32s}{architecture:17s}{known:26s}{why}")
     print("  Large decoder-only models now do most of these tasks. For one task with labeled data\n"
-          "  and little time per answer, an encoder needs one pass instead of one per token (5).")
+          "  and little time per answer, choose an encoder: one pass, not one per token (5).")
 
 
 def main():

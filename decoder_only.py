@@ -6,11 +6,12 @@ a prompt and its answer becomes this task (Radford et al. 2019, "Language Models
 Multitask Learners", GPT-2). To generate, append the prediction to the input and predict again.
 
     input     4      0      7    <SEP>   four   zero   seven
-    label     .      .      .    four    zero   seven  <EOS>        . = not scored
 
-    [   embedding + position                               ]
-    [   DecoderLayer: each position attends to itself and  ]  x 2   causal, so that one pass
-    [   to the positions before it                         ]        trains all positions
+    [   embedding + position                                  ]
+    [   2 layers: each position attends to itself and to the  ]
+    [   positions before it (causal)                          ]
+
+    label     .      .      .    four    zero   seven  <EOS>     . = not scored: digits are random
 
 What it learns here: to continue `4 0 7 <SEP>` with `four zero seven`, and to stop with <EOS>.
 
@@ -57,7 +58,7 @@ NUM_LAYERS = 2           # number of layers
 D_FF = 256               # hidden size of the feed-forward network
 DROPOUT = 0.0            # fraction of activations set to 0 in training. Try 0.3: 55.9-75.2%.
 # The task
-NUM_SAMPLES = 6000       # distinct sequences, training and validation
+NUM_SAMPLES = 6000       # distinct sequences, training plus validation
 MAX_DIGITS = 5           # longest sequence
 # The training
 BATCH_SIZE = 64          # rows per step
@@ -78,8 +79,8 @@ def causal_mask(queries, keys, device=None):
 
     The last query has the position of the last key. With a cache, there are more keys than queries:
 
-        3 queries, 3 keys    # . .        2 queries, 5 keys    # # # # .        # True
-                             # # .        (3 are cached)       # # # # #        . False
+        3 queries, 3 keys    # . .        2 queries, 5 keys    # # # # .
+        (# True, . False)    # # .        (3 are cached)       # # # # #
                              # # #
     """
     mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
@@ -87,12 +88,13 @@ def causal_mask(queries, keys, device=None):
 
 
 class KeyValueCache:
-    """Stores the keys and values of all tokens so far, so that each is computed once.
+    """Stores the keys and values of all tokens so far in one layer, so that each is computed once.
 
-    Under a causal mask, later tokens do not change a token's key and value. So each step sends only
-    the newest token through the layers. The result is the same up to rounding. The price is memory,
-    2 * layers * D numbers per token: 1 KiB here, 512 KiB in LLaMA 7B (32 layers, D = 4096, 16
-    bits). It is allocated at once, because torch.cat would copy everything in every step.
+    Under a causal mask, later tokens do not change a token's key or value. So each step after the
+    prompt sends only the newest token through the layers. The result is the same up to rounding.
+    The price is memory, 2 * D numbers per token and layer. Two layers take 1 KiB here, and 32 take
+    512 KiB in LLaMA 7B (D = 4096, 16 bits). It is allocated up front, because growing it with
+    torch.cat would copy everything in every step.
     """
 
     def __init__(self, batch_size, attention, max_len):
@@ -115,11 +117,11 @@ class KeyValueCache:
 # KNOWN from encoder_only.py, except for what is marked NEW: positions in PositionalEncoding, and
 # the cache in MultiHeadAttention. Read these, then continue reading at `DecoderLayer`.
 class PositionalEncoding(nn.Module):
-    """Adds a fixed vector to each token's vector that encodes its position.
+    """Adds to each token's vector a fixed vector that encodes the token's position.
 
     Without positions, an encoder cannot tell `4 0 7` from `7 0 4`, because attention ignores order.
-    Each pair of dimensions rotates from one position `pos` to the next, fast in the first pair
-    (i = 0) and slowly in the last. So one matrix maps any position's vector to that of the next.
+    Each pair (sine, cosine) is a point on a circle. From one position `pos` to the next, it turns
+    by a fixed angle, large in the first pair (i = 0) and small in the last.
 
         PE[pos, 2i]   = sin(pos / 10000^(2i/D))
         PE[pos, 2i+1] = cos(pos / 10000^(2i/D))            Vaswani et al. 2017, section 3.5
@@ -137,7 +139,7 @@ class PositionalEncoding(nn.Module):
 
     def forward(self, x, positions=None):  # NEW in decoder_only.py: positions
         """x (B, S, D) -> (B, S, D)"""
-        # --- NEW in decoder_only.py: positions (B, S), if a row does not start at position 0 ---
+        # --- NEW in decoder_only.py: positions (B, S), after left padding or cached tokens ---
         if positions is not None:
             return x + self.table[positions]
         # --- end of what is new ---
@@ -145,7 +147,7 @@ class PositionalEncoding(nn.Module):
 
 
 def attention(queries, keys, values, mask=None, dropout=0.0):
-    """Return softmax(Q K^T / sqrt(K)) V and the weights (Vaswani et al. 2017, section 3.2).
+    """Return softmax(q k^T / sqrt(K)) v and the weights (Vaswani et al. 2017, section 3.2).
 
     queries (B, H, T, K), keys and values (B, H, S, K); mask broadcasts to (B, H, T, S), True = may
     attend. Each query is compared with each key, and the softmax turns a row of scores into weights
@@ -163,8 +165,8 @@ def attention(queries, keys, values, mask=None, dropout=0.0):
         scores = scores.masked_fill(~mask, -math.inf)
     weights = torch.softmax(scores, dim=-1)
     if mask is not None:
-        # subtle: if a query may attend to nothing, its softmax is 0/0 = NaN. Use weights of 0.
-        # (This happens with the left padding of decoder_only.py.)
+        # subtle: if all keys of a query are masked, its softmax is 0/0 = NaN. Use weights of 0.
+        # (Only decoder_only.py has such queries: it pads on the left.)
         weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return F.dropout(weights, dropout) @ values, weights  # (B, H, T, K), (B, H, T, S)
 
@@ -172,10 +174,10 @@ def attention(queries, keys, values, mask=None, dropout=0.0):
 class MultiHeadAttention(nn.Module):
     """Attention in H heads in parallel, each with its own K = D / H dimensions.
 
-    Queries are computed from x, keys and values from memory. A query describes what a position
-    looks for, a key what a position offers, and a value the content that it passes on. In
-    self-attention, x and memory are the same. H heads give each query H sets of weights, with as
-    many parameters and multiplications as one head of full width.
+    Queries are computed from x; keys and values are computed from memory, which is x itself in
+    self-attention and another sequence in cross-attention (encoder_decoder.py). A query describes
+    what a position looks for, a key what it offers, and a value the content that it passes on.
+    H heads cost as much as one head of D dimensions. w_o mixes their results.
     """
 
     def __init__(self, d_model, num_heads, dropout=0.0):
@@ -212,7 +214,7 @@ class MultiHeadAttention(nn.Module):
         values = self.split_heads(self.w_v(memory))
         # --- NEW in decoder_only.py: the cache ---
         if cache is not None:
-            keys, values = cache.append(keys, values)
+            keys, values = cache.append(keys, values)  # (B, H, S, K): cached and new
         # --- end of what is new ---
         dropout = self.dropout if self.training else 0.0
         result, weights = self.formula(queries, keys, values, mask, dropout)
@@ -240,8 +242,8 @@ class FeedForward(nn.Module):
 class DecoderLayer(nn.Module):
     """One GPT layer: causal self-attention, then a feed-forward network, each added to its input.
 
-    Only the causal mask and the cache differ from EncoderLayer in encoder_only.py. It is pre-norm,
-    as in Radford et al. 2019, section 2.3.
+    Only the causal mask (made in `decode`) and the cache distinguish it from EncoderLayer in
+    encoder_only.py. It is pre-norm, as in Radford et al. 2019, section 2.3.
     """
 
     def __init__(self, d_model, num_heads, d_ff, dropout=0.0):
@@ -266,7 +268,7 @@ class DecoderLayer(nn.Module):
 
 # --- 3. Choosing a token --------------------------------------------------------------
 def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
-    """Return logits (B, V) in which every excluded token has -inf.
+    """Return logits (B, V) with -inf for every excluded token.
 
     temperature  divides the logits: below 1 it sharpens the distribution, above 1 it flattens it
     top_k        keeps the k most likely tokens (Fan et al. 2018, section 5)
@@ -277,10 +279,10 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
     because the token that crosses p stays. top_p=0.5 keeps one.
     """
     check_filters(temperature, top_k, top_p)
-    # A shift does not change the softmax. With the largest logit at 0, it never has inf - inf.
+    # Shifting the largest logit to 0 does not change the softmax. It avoids overflow.
     logits = (logits - logits.max(-1, keepdim=True).values) / temperature
     if top_k is not None:
-        # Select by index: `logits < k-th largest` would keep more than k tokens if some are tied.
+        # Select by index: masking `logits < k-th largest` would keep more than k tokens in a tie.
         best = logits.topk(min(top_k, logits.size(-1))).indices  # (B, k)
         keep = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, best, True)  # (B, V)
         logits = logits.masked_fill(~keep, -math.inf)
@@ -289,6 +291,7 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
         probabilities = torch.softmax(ordered, -1)
         # subtle: a token stays if those *before* it sum to less than p. So the first always stays.
         before = probabilities.cumsum(-1) - probabilities
+        # In the order of the vocabulary again:
         keep = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before < top_p)
         logits = logits.masked_fill(~keep, -math.inf)
     return logits
@@ -298,8 +301,9 @@ def choose_next_token(logits, written, temperature=0.0, top_k=None, top_p=None,
                       repetition_penalty=1.0, generator=None):
     """Return the next ids (B,), given their logits (B, V) and the ids generated so far (B, n).
 
-    Temperature 0 is greedy: it takes the most likely token. A repetition_penalty above 1 makes
-    tokens that were already generated less likely (Keskar et al. 2019, CTRL, section 4.1).
+    Temperature 0 is greedy: it takes the most likely token; top_k and top_p need a temperature. A
+    repetition_penalty above 1 lowers the probability of already generated tokens (Keskar et al.
+    2019, CTRL, section 4.1).
     """
     if repetition_penalty != 1.0 and written.size(1) > 0:
         scores = logits.gather(1, written)  # (B, n)
@@ -313,11 +317,11 @@ def choose_next_token(logits, written, temperature=0.0, top_k=None, top_p=None,
 
 
 def cut_after(ids, stop_at):
-    """Return the list `ids` up to and including the first `stop_at`, or all of it without one."""
+    """Return `ids` up to and including the first `stop_at`, or all of it if there is none."""
     return ids[:ids.index(stop_at) + 1] if stop_at in ids else ids
 
 
-# --- 4. The model ---------------------------------------------------------------------
+# --- 4. The model and `generate` (the heart of this file) -----------------------------
 class DecoderOnlyTransformer(nn.Module):
     """A causal transformer that predicts the next token at every position.
 
@@ -339,14 +343,14 @@ class DecoderOnlyTransformer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(DecoderLayer(d_model, num_heads, d_ff, dropout)
                                     for _ in range(num_layers))
-        self.final_norm = nn.LayerNorm(d_model)  # nothing has normalized the last `x +` yet
+        self.final_norm = nn.LayerNorm(d_model)  # pre-norm leaves the last sum unnormalized
         self.output = nn.Linear(d_model, vocab_size, bias=False)
         # Tied weights, small for the output and scaled for the input, as in encoder_only.py.
-        # (Without the factor, 8 epochs end at 4-13% exact match, SEED 0-2.) A logit sums D products
-        # of a normalized vector with these weights, so its standard deviation is sqrt(64) * 0.02 =
-        # 0.16, and the first loss is close to ln V = 3.26. With nn.Embedding's default of 1.0, the
-        # first loss is close to 60: each token's own logit is by far the largest, so the untrained
-        # model predicts that the current token repeats.
+        # (Without the factor sqrt(D), 8 epochs end at 4-13% exact match, SEED 0-2.) A logit sums D
+        # products of a normalized vector with these weights, so its standard deviation is
+        # sqrt(64) * 0.02 = 0.16, and the first loss is close to ln V = 3.26. With nn.Embedding's
+        # default std of 1.0, each token's own logit is about 64, so the untrained model predicts
+        # that the current token repeats, and the first loss is close to 60.
         self.output.weight = self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.embedding_scale = math.sqrt(d_model)
@@ -354,7 +358,7 @@ class DecoderOnlyTransformer(nn.Module):
     def positions_of(self, tokens):
         """tokens (B, T) -> positions (B, T), counted from the first real token of each row.
 
-        Padding before it gets position 0, which is harmless because nothing attends to it.
+        Padding before it gets position 0. This is harmless, because nothing attends to padding.
         """
         first = (tokens != PAD).int().argmax(1, keepdim=True)  # (B, 1): argmax finds the first 1
         return (torch.arange(tokens.size(1), device=tokens.device) - first).clamp(min=0)  # (B, T)
@@ -362,8 +366,8 @@ class DecoderOnlyTransformer(nn.Module):
     def decode(self, tokens, mask=None, positions=None, caches=None):
         """tokens (B, T) -> (B, T, D) and a list of each layer's attention weights (B, H, T, S)
 
-        mask       (B, 1, 1, S), True = real token; None if no real token could attend to padding
-        positions  (B, T); None continues after the cached tokens, with `positions_of`
+        mask       (B, 1, 1, S), True = real token; None if there is no padding on the left
+        positions  (B, T); None: those of `positions_of`, plus the number of cached tokens
         caches     one KeyValueCache per layer; `tokens` then has only the new tokens
         """
         past = caches[0].length if caches else 0
@@ -395,11 +399,11 @@ class DecoderOnlyTransformer(nn.Module):
         """Continue each prompt (a list of ids) by at most `max_new_tokens`. Returns the new ids.
 
         See `choose_next_token` for the options. Each row ends with its first `stop_at`, if any.
-        Prompts are padded on the *left*, so that all rows continue in the same column, and not
-        after their own padding. Positions are counted from the first real token of each row:
+        Prompts are padded on the *left*, so that all rows continue in the same column, directly
+        after their prompts. Positions are counted from the first real token of each row:
 
             column       0     1     2     3      4      5      6
-            tokens     <PAD> <PAD>   9   <SEP>  nine   <EOS>    ?         generated from column 4 on
+            tokens     <PAD> <PAD>   9   <SEP>  nine   <EOS>    ?         ? is cut off at the end
                          4     0     7   <SEP>  four   zero   seven
             positions    0     0     0     1      2      3      4
                          0     1     2     3      4      5      6
@@ -440,20 +444,19 @@ class DecoderOnlyTransformer(nn.Module):
         return [cut_after(row, stop_at) for row in tokens[:, longest:end + 1].tolist()]
 
     def save(self, path):
-        """Write arguments and weights to `path`. Raises OSError."""
+        """Write arguments and weights to `path`, or raise OSError."""
         save_checkpoint(path, self)
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """Return the model that was saved at `path`. Raises InputError if there is none."""
+        """Return the model that was saved at `path`, or raise InputError."""
         return load_checkpoint(path, cls, device)
 
 
 def translate(model, sequences, **options):
     """Translate lists of digits into lists of words by continuing `4 0 7 <SEP>`.
 
-    options: see `generate`. The limit is one token beyond <EOS>, so an answer that does not stop is
-    too long and counts as wrong.
+    options: see `generate`. The limit is the longest answer, <EOS>, and one more token.
     """
     check_sequences(sequences)
     prompts = [VOCABULARY.encode([*digits, "<SEP>"]) for digits in sequences]
@@ -468,19 +471,20 @@ def predict(model, batch):
         pair           4   0   7   <SEP>   four   zero    seven
         pair_labels    .   .   .   four    zero   seven   <EOS>      . = IGNORE_INDEX
 
-    One pass trains all columns, because of the causal mask. `collate_fn` has already shifted the
-    labels by one position. Do not shift them again here.
+    The inputs are the correct tokens, whatever the model predicts (teacher forcing). Each label is
+    the input of the next column, which the causal mask hides, so one pass trains all columns.
+    `collate_fn` in toy_dataset.py has already shifted the labels. Do not shift them again here.
     """
     return model(batch["pair"]), batch["pair_labels"]  # (B, T, V), (B, T)
 
 
 # KNOWN from encoder_only.py. Continue reading at `most_uncertain`.
 def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
-    """Return the factor for the learning rate in `step`: linear warmup, then cosine decay.
+    """Return the factor for the learning rate at `step`: linear warmup, then cosine decay.
 
-    Warmup (Vaswani et al. 2017, section 5.3) keeps the first steps small, in which Adam's averages
-    are based on few gradients (Liu et al. 2020, RAdam). Decay (Loshchilov and Hutter 2017) lets the
-    model get closer to a minimum.
+    Warmup (Vaswani et al. 2017, section 5.3) keeps the steps small while Adam's averages are based
+    on few gradients (Liu et al. 2020, RAdam). Decay (Loshchilov and Hutter 2017) lets the model get
+    closer to a minimum.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps  # never 0, which would waste the first step
@@ -490,7 +494,7 @@ def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
 
 def create_optimizer(model, learning_rate, total_steps, warmup_steps, weight_decay=0.01):
     """Return (AdamW, scheduler) for `total_steps` steps. Call scheduler.step() after each step."""
-    fused = next(model.parameters()).device.type != "mps"  # one kernel; older MPS builds lack it
+    fused = next(model.parameters()).device.type != "mps"  # faster; older MPS builds lack it
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay,
                                   fused=fused)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -504,7 +508,7 @@ def cross_entropy(logits, labels):
 
 
 def compute_loss(model, batch):
-    """Return the mean cross-entropy of one batch."""
+    """Return the mean cross-entropy of one batch, with the default options of `predict`."""
     return cross_entropy(*predict(model, batch))
 
 
@@ -515,7 +519,7 @@ def train_epoch(model, loader, optimizer, scheduler, clip_norm, loss_function=co
     total = 0.0
     for batch in tqdm(loader, ascii=True, leave=False, disable=None):  # no bar without a terminal
         loss = loss_function(model, to_device(batch, device))
-        check_finite(loss.item(), scheduler.last_epoch)
+        check_finite(loss.item(), scheduler.last_epoch)  # which is the step, despite its name
         optimizer.zero_grad()  # otherwise backward() adds to the gradients of the previous step
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # keeps the direction
@@ -530,7 +534,7 @@ def evaluate(model, loader):
     """Evaluate the model on `loader`. Returns a dict with:
 
     loss         mean cross-entropy over the labels
-    accuracy     fraction of labels that are the most likely token (decoders: after correct tokens)
+    accuracy     fraction of labels that are the most likely token
     exact_match  fraction of sequences that `translate` gets entirely correct
     examples     (digits, expected words, written words) of each sequence, mistakes first
     """
@@ -539,7 +543,7 @@ def evaluate(model, loader):
     loss_sum, num_correct, num_labels, examples = 0.0, 0, 0, []
     for batch in loader:
         logits, labels = predict(model, to_device(batch, device))
-        counts = labels != IGNORE_INDEX  # (B, T)
+        counts = labels != IGNORE_INDEX  # (B, T): which labels count
         # subtle: sum and divide once. A mean of means gives a small last batch too much weight.
         loss_sum += F.cross_entropy(logits[counts], labels[counts], reduction="sum").item()
         num_correct += (logits.argmax(-1) == labels)[counts].sum().item()
@@ -578,7 +582,7 @@ def show_filters(model, prefix):
     """Print the distribution of the token after `prefix`, before and after each filter.
 
     The last column shows how many tokens are left: temperature keeps all, top_k keeps k, and top_p
-    keeps more the flatter the distribution is.
+    keeps more tokens of a flatter distribution.
     """
     model.eval()
     tokens = torch.tensor([VOCABULARY.encode(prefix)], device=model.embedding.weight.device)
@@ -637,7 +641,7 @@ def show_repetition_penalty(model, digits, words):
 
 
 def time_generation(model, lengths, rounds=3):
-    """Return {True: seconds with cache, False: without}, lists with the median of each length."""
+    """Return {True: with cache, False: without}: lists of median seconds, one per length."""
     prompt = [VOCABULARY.encode("7 <SEP>")]
     model.generate(prompt, 8)  # warm up
     medians = {True: [], False: []}
@@ -703,14 +707,14 @@ def main():
         print(f"  epoch {epoch:2d}   train loss {train_loss:.4f}   "
               f"validation loss {result['loss']:.4f}   exact match {result['exact_match']:6.1%}")
         if epoch == 1:
-            undertrained = copy.deepcopy(model)  # still uncertain, so the choice of tokens matters
+            undertrained = copy.deepcopy(model)  # still uncertain: its learning rate is at its peak
     save_model(model, CHECKPOINTS / "decoder_only.pt")
 
     print("\n2. What each filter leaves of a distribution (after epoch 1, most uncertain position)")
     show_filters(undertrained, most_uncertain(undertrained, val_loader))
 
     print("\n3. The strategies, with the same model: exact match and diversity")
-    digits = [digits for digits, _, _ in result["examples"][::3]]
+    digits = [digits for digits, _, _ in result["examples"][::3]]  # a third, to save time
     words = [words for _, words, _ in result["examples"][::3]]
     show_strategies(translate, undertrained, digits, words,
                     {"greedy": {}, "temperature 0.5": {"temperature": 0.5},

@@ -3,23 +3,24 @@ encoder_decoder.py - the T5 family: read the whole source, then write the target
 
 THE IDEA.  The model has two stacks. The encoder reads the whole source in both directions, like
 BERT. The decoder writes the target from left to right, like GPT. In every layer, the decoder also
-attends to the encoder's output, which is called cross-attention (Vaswani et al. 2017, "Attention Is
+attends to the encoder's output. This is called cross-attention (Vaswani et al. 2017, "Attention Is
 All You Need"; Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified
 Text-to-Text Transformer", T5).
 
       4   0   7                       <SOS>  four  zero  seven        decoder input
       |   |   |                         |     |     |     |
-    [ EncoderLayer    ] x 2           [ DecoderLayer              ] x 2
-    [ self-attention, ]               [ 1 causal self-attention   ]
-    [ both directions ]  - memory ->  [ 2 cross-attention: queries]
-      |   |   |       (last layer's   [   from here, keys and     ]
-                       output, for    [   values from the memory  ]
-                       every layer)   [ 3 feed-forward            ]
-                                        |     |     |     |
+    [ 2 encoder layers: ]             [ 2 decoder layers:          ]
+    [ self-attention,   ]             [ causal self-attention,     ]
+    [ feed-forward      ]             [ cross-attention,           ]
+              |                       [ feed-forward               ]
+              +---- memory ---------->  |     |     |     |
                                       four  zero seven <EOS>          predictions
 
+    memory: the last encoder layer's output. The cross-attention of every decoder layer attends to
+    it, with queries from the target, keys and values from the memory.
+
 What it learns here: to read `4 0 7` and write `four zero seven <EOS>`. New here: cross-attention
-and beam search. Source and target each count their positions from 0.
+and beam search. Positions start at 0 in both source and target.
 
 Run it:     python encoder_decoder.py        (about 13 seconds on one CPU core)
 Try it:     python encoder_decoder.py 4 0 7              (after the run)
@@ -50,8 +51,8 @@ from toy_dataset import (DIGITS, EOS, IGNORE_INDEX, PAD, SOS, VOCABULARY, create
 
 # =====================================================================================
 # LEGEND   B  batch                              D  d_model: the size of a token's vector
-#          S  source length, or keys             H  heads   K  D / H: the size of a head's vectors
-#          T  target length, or queries          V  vocabulary size (26)   W  beam width
+#          S  source length, in general keys     H  heads   K  D / H: the size of a head's vectors
+#          T  target length, in general queries  V  vocabulary size (26)   W  beam width
 # =====================================================================================
 # CONSTANTS - change one, run again. Each "Try" gives the final exact match with SEED 0 to 4.
 # =====================================================================================
@@ -62,7 +63,7 @@ NUM_LAYERS = 2           # in the encoder and also in the decoder. Try 1: 100%.
 D_FF = 256               # hidden size of the feed-forward network
 DROPOUT = 0.0            # fraction of activations set to 0 in training.
 # The task
-NUM_SAMPLES = 6000       # distinct sequences, training and validation
+NUM_SAMPLES = 6000       # distinct sequences, training plus validation
 MAX_DIGITS = 5           # longest sequence
 # The training
 BATCH_SIZE = 64          # rows per step
@@ -71,8 +72,8 @@ WARMUP_STEPS = 40        # steps in which the learning rate rises to its peak
 CLIP_NORM = 1.0          # maximum norm of the gradient
 NUM_EPOCHS = 6           # passes over the training data, 85 steps each. Try 1: 99.8-100%.
 # Generation
-BEAM_WIDTH = 3           # unfinished hypotheses that beam search keeps; 1 is greedy
-LENGTH_PENALTY = 1.0     # 0.0 compares sums of log-probabilities, which favors short answers
+BEAM_WIDTH = 3           # partial answers that beam search keeps; 1 is greedy
+LENGTH_PENALTY = 1.0     # compares means of log-probabilities; 0.0: sums, which favor short answers
 # The run
 SEED = 0                 # weights and data
 DEVICE = "cpu"           # or "cuda", "mps"; the numbers in this file were measured on a CPU
@@ -88,8 +89,8 @@ def causal_mask(queries, keys, device=None):
 
     The last query has the position of the last key. With a cache, there are more keys than queries:
 
-        3 queries, 3 keys    # . .        2 queries, 5 keys    # # # # .        # True
-                             # # .        (3 are cached)       # # # # #        . False
+        3 queries, 3 keys    # . .        2 queries, 5 keys    # # # # .
+        (# True, . False)    # # .        (3 are cached)       # # # # #
                              # # #
     """
     mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
@@ -97,12 +98,13 @@ def causal_mask(queries, keys, device=None):
 
 
 class KeyValueCache:
-    """Stores the keys and values of all tokens so far, so that each is computed once.
+    """Stores the keys and values of all tokens so far in one layer, so that each is computed once.
 
-    Under a causal mask, later tokens do not change a token's key and value. So each step sends only
-    the newest token through the layers. The result is the same up to rounding. The price is memory,
-    2 * layers * D numbers per token: 1 KiB here, 512 KiB in LLaMA 7B (32 layers, D = 4096, 16
-    bits). It is allocated at once, because torch.cat would copy everything in every step.
+    Under a causal mask, later tokens do not change a token's key or value. So each step after the
+    prompt sends only the newest token through the layers. The result is the same up to rounding.
+    The price is memory, 2 * D numbers per token and layer. Two layers take 1 KiB here, and 32 take
+    512 KiB in LLaMA 7B (D = 4096, 16 bits). It is allocated up front, because growing it with
+    torch.cat would copy everything in every step.
     """
 
     def __init__(self, batch_size, attention, max_len):
@@ -122,18 +124,18 @@ class KeyValueCache:
 
     # --- NEW in encoder_decoder.py: beam search ---
     def reorder(self, rows):
-        """Replace each row i with a copy of row rows[i]. rows (B,)"""
+        """Replace each row i with a copy of row rows[i]: a hypothesis takes its parent's cache."""
         self.keys[:, :, :self.length] = self.keys[rows, :, :self.length]
         self.values[:, :, :self.length] = self.values[rows, :, :self.length]
     # --- end of what is new ---
 
 
 class PositionalEncoding(nn.Module):
-    """Adds a fixed vector to each token's vector that encodes its position.
+    """Adds to each token's vector a fixed vector that encodes the token's position.
 
     Without positions, an encoder cannot tell `4 0 7` from `7 0 4`, because attention ignores order.
-    Each pair of dimensions rotates from one position `pos` to the next, fast in the first pair
-    (i = 0) and slowly in the last. So one matrix maps any position's vector to that of the next.
+    Each pair (sine, cosine) is a point on a circle. From one position `pos` to the next, it turns
+    by a fixed angle, large in the first pair (i = 0) and small in the last.
 
         PE[pos, 2i]   = sin(pos / 10000^(2i/D))
         PE[pos, 2i+1] = cos(pos / 10000^(2i/D))            Vaswani et al. 2017, section 3.5
@@ -151,7 +153,7 @@ class PositionalEncoding(nn.Module):
 
     def forward(self, x, positions=None):  # NEW in decoder_only.py: positions
         """x (B, S, D) -> (B, S, D)"""
-        # --- NEW in decoder_only.py: positions (B, S), if a row does not start at position 0 ---
+        # --- NEW in decoder_only.py: positions (B, S), after left padding or cached tokens ---
         if positions is not None:
             return x + self.table[positions]
         # --- end of what is new ---
@@ -159,7 +161,7 @@ class PositionalEncoding(nn.Module):
 
 
 def attention(queries, keys, values, mask=None, dropout=0.0):
-    """Return softmax(Q K^T / sqrt(K)) V and the weights (Vaswani et al. 2017, section 3.2).
+    """Return softmax(q k^T / sqrt(K)) v and the weights (Vaswani et al. 2017, section 3.2).
 
     queries (B, H, T, K), keys and values (B, H, S, K); mask broadcasts to (B, H, T, S), True = may
     attend. Each query is compared with each key, and the softmax turns a row of scores into weights
@@ -177,8 +179,8 @@ def attention(queries, keys, values, mask=None, dropout=0.0):
         scores = scores.masked_fill(~mask, -math.inf)
     weights = torch.softmax(scores, dim=-1)
     if mask is not None:
-        # subtle: if a query may attend to nothing, its softmax is 0/0 = NaN. Use weights of 0.
-        # (This happens with the left padding of decoder_only.py.)
+        # subtle: if all keys of a query are masked, its softmax is 0/0 = NaN. Use weights of 0.
+        # (Only decoder_only.py has such queries: it pads on the left.)
         weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return F.dropout(weights, dropout) @ values, weights  # (B, H, T, K), (B, H, T, S)
 
@@ -186,10 +188,10 @@ def attention(queries, keys, values, mask=None, dropout=0.0):
 class MultiHeadAttention(nn.Module):
     """Attention in H heads in parallel, each with its own K = D / H dimensions.
 
-    Queries are computed from x, keys and values from memory. A query describes what a position
-    looks for, a key what a position offers, and a value the content that it passes on. In
-    self-attention, x and memory are the same. H heads give each query H sets of weights, with as
-    many parameters and multiplications as one head of full width.
+    Queries are computed from x; keys and values are computed from memory, which is x itself in
+    self-attention and another sequence in cross-attention (encoder_decoder.py). A query describes
+    what a position looks for, a key what it offers, and a value the content that it passes on.
+    H heads cost as much as one head of D dimensions. w_o mixes their results.
     """
 
     def __init__(self, d_model, num_heads, dropout=0.0):
@@ -226,7 +228,7 @@ class MultiHeadAttention(nn.Module):
         values = self.split_heads(self.w_v(memory))
         # --- NEW in decoder_only.py: the cache ---
         if cache is not None:
-            keys, values = cache.append(keys, values)
+            keys, values = cache.append(keys, values)  # (B, H, S, K): cached and new
         # --- end of what is new ---
         dropout = self.dropout if self.training else 0.0
         result, weights = self.formula(queries, keys, values, mask, dropout)
@@ -258,10 +260,10 @@ class EncoderLayer(nn.Module):
         x = x + attention(norm(x))
         x = x + feed_forward(norm(x))
 
-    LayerNorm scales each token's vector to mean 0 and variance 1, then applies a learned gain and
+    LayerNorm gives each token's vector mean 0 and variance 1, then applies a learned gain and
     shift. The residual `x +` gives gradients a direct path: the derivative of x + f(x) is
     1 + f'(x). Vaswani et al. 2017 and BERT normalize after the addition (post-norm). GPT-2, T5,
-    and this file normalize the input of each sublayer (pre-norm, Xiong et al. 2020).
+    and this file normalize the input of both parts (pre-norm, Xiong et al. 2020).
     """
 
     def __init__(self, d_model, num_heads, d_ff, dropout=0.0):
@@ -285,7 +287,7 @@ class DecoderLayer(nn.Module):
     """One decoder layer: the GPT layer of decoder_only.py, with cross-attention in the middle.
 
         x = x + attention(norm(x))                  under a causal mask
-        x = x + cross_attention(norm(x), memory)    <- new
+        x = x + cross_attention(norm(x), memory)
         x = x + feed_forward(norm(x))
 
     It follows Vaswani et al. 2017, section 3.1, but with pre-norm, as in T5.
@@ -308,13 +310,14 @@ class DecoderLayer(nn.Module):
                 memory_cache=None):  # NEW in encoder_decoder.py: memory_cache
         """x (B, T, D), memory (B, S, D), masks as in `attention` -> (B, T, D) and (B, H, T, S)
 
-        Returns the cross-attention weights. With caches, x and memory hold only what is new.
+        The weights are those of cross-attention. With caches, x holds only the new tokens, and
+        memory is empty after the first step.
         """
         normalized = self.norm1(x)
         attended, weights = self.self_attention(normalized, normalized, mask, cache)
         x = x + self.dropout(attended)  # subtle: add to x, not to `normalized`
         # --- NEW in encoder_decoder.py: cross-attention ---
-        # Queries come from the target, keys and values from the source, which the encoder has
+        # Queries come from the target, keys and values from the encoder's output, which is already
         # normalized. subtle: there is no causal mask, because the whole source is known.
         attended, weights = self.cross_attention(self.norm_cross(x), memory, memory_mask,
                                                  memory_cache)
@@ -327,7 +330,7 @@ class DecoderLayer(nn.Module):
 # --- 2. Choosing a token --------------------------------------------------------------
 # KNOWN from decoder_only.py. Continue reading at `Hypothesis`.
 def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
-    """Return logits (B, V) in which every excluded token has -inf.
+    """Return logits (B, V) with -inf for every excluded token.
 
     temperature  divides the logits: below 1 it sharpens the distribution, above 1 it flattens it
     top_k        keeps the k most likely tokens (Fan et al. 2018, section 5)
@@ -338,10 +341,10 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
     because the token that crosses p stays. top_p=0.5 keeps one.
     """
     check_filters(temperature, top_k, top_p)
-    # A shift does not change the softmax. With the largest logit at 0, it never has inf - inf.
+    # Shifting the largest logit to 0 does not change the softmax. It avoids overflow.
     logits = (logits - logits.max(-1, keepdim=True).values) / temperature
     if top_k is not None:
-        # Select by index: `logits < k-th largest` would keep more than k tokens if some are tied.
+        # Select by index: masking `logits < k-th largest` would keep more than k tokens in a tie.
         best = logits.topk(min(top_k, logits.size(-1))).indices  # (B, k)
         keep = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, best, True)  # (B, V)
         logits = logits.masked_fill(~keep, -math.inf)
@@ -350,6 +353,7 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
         probabilities = torch.softmax(ordered, -1)
         # subtle: a token stays if those *before* it sum to less than p. So the first always stays.
         before = probabilities.cumsum(-1) - probabilities
+        # In the order of the vocabulary again:
         keep = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before < top_p)
         logits = logits.masked_fill(~keep, -math.inf)
     return logits
@@ -359,8 +363,9 @@ def choose_next_token(logits, written, temperature=0.0, top_k=None, top_p=None,
                       repetition_penalty=1.0, generator=None):
     """Return the next ids (B,), given their logits (B, V) and the ids generated so far (B, n).
 
-    Temperature 0 is greedy: it takes the most likely token. A repetition_penalty above 1 makes
-    tokens that were already generated less likely (Keskar et al. 2019, CTRL, section 4.1).
+    Temperature 0 is greedy: it takes the most likely token; top_k and top_p need a temperature. A
+    repetition_penalty above 1 lowers the probability of already generated tokens (Keskar et al.
+    2019, CTRL, section 4.1).
     """
     if repetition_penalty != 1.0 and written.size(1) > 0:
         scores = logits.gather(1, written)  # (B, n)
@@ -374,13 +379,35 @@ def choose_next_token(logits, written, temperature=0.0, top_k=None, top_p=None,
 
 
 def cut_after(ids, stop_at):
-    """Return the list `ids` up to and including the first `stop_at`, or all of it without one."""
+    """Return `ids` up to and including the first `stop_at`, or all of it if there is none."""
     return ids[:ids.index(stop_at) + 1] if stop_at in ids else ids
 
 
-# --- 3. The model ---------------------------------------------------------------------
+# --- 3. The model, and beam search (the heart of this file) ---------------------------
+# BEAM SEARCH. Greedy generation cannot revise a token. Beam search keeps the W best unfinished
+# hypotheses, so it can find an answer whose first token was not the most likely one. In this
+# example, W = 2 and the tokens are a, b, and <EOS>. The numbers are sums of log-probabilities:
+#
+#     step 1    a -0.5     b -1.2     <EOS> -2.4
+#     step 2    from a:    a a -1.6   a b -1.7   a <EOS> -1.5
+#               from b:    b a -1.3   b b -4.1   b <EOS> -4.4
+#     step 3    from b a:  b a <EOS> -1.4, ...
+#
+# Step 1 keeps a and b, and <EOS> is finished. Step 2 ranks all 2 * 3 candidates together. The best
+# 2W = 4 are b a, a <EOS>, a a, a b. Of these, a <EOS> is finished, and the best W = 2 of the others
+# stay: b a and a a. Step 3 finishes b a <EOS>, which wins with -1.4. Greedy generation would have
+# begun with `a` and ended with `a <EOS>` at -1.5.
+#
+# Finished hypotheses are compared by score = log-probability / length ** length_penalty. The length
+# includes <EOS>. Penalty 0 favors short answers, because each further token lowers the sum. Penalty
+# 1 takes the mean: -1.4 / 3 against -1.5 / 2. (Wu et al. 2016, section 7, divide by
+# ((5 + length) / 6) ** penalty.)
+#
+# Why the best 2W? At most W of them end, one per hypothesis, so at least W are unfinished. With
+# W = 1, `best_candidates` takes only the best one, so the search is greedy. If the beam can hold
+# every hypothesis, it is exhaustive.
 class Hypothesis(NamedTuple):
-    """An answer of beam search. `tokens` has no <SOS>; it ends in <EOS> if that was predicted."""
+    """An answer from beam search. `tokens` has no <SOS>; it ends in <EOS> if that was predicted."""
     score: float
     log_probability: float  # in nats
     tokens: list
@@ -389,25 +416,25 @@ class Hypothesis(NamedTuple):
 def best_candidates(sums, logits, width):
     """Extend each hypothesis by each token and return the best 2W candidates of each source.
 
-    sums (B, W) of log-probabilities, logits (B*W, V) of the next token. Returns (B, 2W) each: the
-    new sums, best first; the parents, 0 to W - 1; and the new tokens. For W = 1, it returns only
-    the token that greedy generation takes, (B, 1) each.
+    sums (B, W) of log-probabilities, logits (B*W, V) of the next token. Returns three tensors
+    (B, 2W): the new sums, best first; the parents, 0 to W - 1; and the new tokens. For W = 1, it
+    returns only the candidate that greedy generation takes, (B, 1).
     """
     log_p = torch.log_softmax(logits, -1)  # (B*W, V)
-    if width == 1:  # argmax of the logits, because rounding can make two sums equal
+    if width == 1:  # greedy: with a second candidate, a row would continue after its <EOS>
         token = logits.argmax(-1, keepdim=True)  # (B, 1)
         return sums + log_p.gather(1, token), torch.zeros_like(token), token
     totals = (sums[:, :, None] + log_p.view(*sums.shape, -1)).flatten(1)  # (B, W*V)
     totals, index = totals.topk(2 * width)
-    # In the example before `beam_search`, `b a` has index 3: parent 3 // 3 = 1, token 3 % 3 = 0.
+    # In the example above, `b a` has index 3: parent 3 // 3 = 1, token 3 % 3 = 0.
     return totals, index // log_p.size(-1), index % log_p.size(-1)
 
 
 class EncoderDecoderTransformer(nn.Module):
     """An encoder and a decoder that predicts the next token at every target position.
 
-    Differs from Raffel et al. 2020 (T5): sinusoidal positions, added once, instead of learned
-    relative ones in every attention; norms and linear layers have a bias; scores are divided by
+    Differs from T5 (Raffel et al. 2020): sinusoidal positions, added once, instead of learned
+    relative ones in self-attention; norms and linear layers have a bias; scores are divided by
     sqrt(K), which T5 builds into its initial weights; embeddings are scaled at the input, not at
     the output; GELU instead of ReLU; <SOS> instead of <PAD> to start; no <EOS> on the source.
     """
@@ -464,7 +491,7 @@ class EncoderDecoderTransformer(nn.Module):
         weights (B, H, T, S)
 
         memory_mask  (B, 1, 1, S); masks the source's padding, in training and in generation
-        positions    (1, T); None continues after the cached tokens, with `positions_of`
+        positions    (1, T); None: those of `positions_of`, plus the number of cached tokens
         caches       from `new_caches`; `tokens` then has only the new tokens
         """
         past = caches[0][0].length if caches else 0
@@ -475,13 +502,13 @@ class EncoderDecoderTransformer(nn.Module):
         if positions is None:
             positions = past + self.positions_of(tokens)
         if past > 0:
-            # subtle: the first step has filled the caches of cross-attention. Append nothing more.
+            # subtle: the first step has filled the caches of cross-attention. With an empty memory,
+            # nothing is appended, and the cached keys and values are used.
             memory = memory[:, :0]  # (B, 0, D)
         x = self.embed(tokens, positions)  # (B, T, D)
         all_weights = []
         for i, layer in enumerate(self.decoder_layers):
             cache, memory_cache = caches[i] if caches else (None, None)
-            # Every layer attends to the encoder's *last* output.
             x, weights = layer(x, mask, cache, memory, memory_mask, memory_cache)
             all_weights.append(weights)
         return self.final_norm(x), all_weights
@@ -547,33 +574,13 @@ class EncoderDecoderTransformer(nn.Module):
         # Finished rows keep generating until all rows are finished. Cut the extra tokens off.
         return [cut_after(row, stop_at) for row in tokens[:, 1:end + 1].tolist()]
 
-    # BEAM SEARCH. Greedy generation cannot revise a token. Beam search keeps the W best unfinished
-    # hypotheses, so it can find an answer whose first token was not the most likely one. In this
-    # example, W = 2, the tokens are a, b, <EOS>, and the numbers are sums of log-probabilities:
-    #
-    #     step 1    a -0.5     b -1.2     <EOS> -2.4
-    #     step 2    from a:    a a -1.6   a b -1.7   a <EOS> -1.5
-    #               from b:    b a -1.3   b b -4.1   b <EOS> -4.4
-    #     step 3    from b a:  b a <EOS> -1.4, ...
-    #
-    # Step 1 keeps a and b. Step 2 ranks all 2 * 3 candidates together. The best 2W = 4 are b a,
-    # a <EOS>, a a, a b. Of these, a <EOS> is finished, and the best W = 2 of the others stay: b a
-    # and a a. Step 3 finishes b a <EOS>, which wins with -1.4. Greedy would have taken a first and
-    # ended with a <EOS> at -1.5.
-    #
-    # Finished hypotheses are compared by score = log-probability / length ** length_penalty. The
-    # length includes <EOS>. Penalty 0 favors short answers, because each further token lowers the
-    # sum. Penalty 1 takes the mean. (Wu et al. 2016, section 7: ((5 + length) / 6) ** penalty.)
-    #
-    # Why the best 2W? At most W of them end, one per hypothesis, so at least W are unfinished. With
-    # W = 1, the search is greedy. If the beam can hold every hypothesis, it is exhaustive.
     @torch.inference_mode()
     def beam_search(self, sources, beam_width=4, length_penalty=1.0, max_new_tokens=32, trace=None):
-        """For each source (a list of ids), return at most `beam_width` Hypothesis, best first.
+        """For each source (a list of ids), return at most `beam_width` hypotheses, best first.
 
-        The search stops as soon as no other hypothesis can beat the first, so the lower ranks may
-        not be the best possible. A hypothesis that is unfinished after `max_new_tokens` counts as
-        finished. trace: a list to which each step of the first source's search is appended, the
+        The search stops as soon as no unfinished hypothesis can beat the best finished one, so the
+        others may not be the best possible. What is unfinished after `max_new_tokens` counts as
+        finished. trace: a list that receives, for each step of the first source's search, the
         finished and the kept candidates as (tokens, new token, sum, finished).
         """
         check_arguments(beam_width=beam_width, length_penalty=length_penalty,
@@ -581,7 +588,7 @@ class EncoderDecoderTransformer(nn.Module):
         check_rows(sources, self.vocab_size, self.max_len)
         check_rows([[SOS]], self.vocab_size, self.max_len, max_new_tokens - 1)
         batch, width, device = len(sources), beam_width, self.embedding.weight.device
-        length_penalty = float(length_penalty)  # as an integer, length ** 10 may be too large
+        length_penalty = float(length_penalty)  # tensors cannot be divided by integers over 64 bits
         # The W hypotheses of source b are rows b*W to b*W + W - 1.
         first_row = torch.arange(0, batch * width, width, device=device)[:, None]  # (B, 1)
         tokens = torch.full((batch * width, max_new_tokens + 1), PAD, device=device)
@@ -613,9 +620,9 @@ class EncoderDecoderTransformer(nn.Module):
                     finished[b].append(Hypothesis(scores[b, c].item(), sums[b, c].item(), ids))
 
                 # 3. Keep the best W of the others, with their parents' tokens and caches: b a, a a.
-                #    The caches of cross-attention stay, because parent and child share the source.
+                #    The cross-attention caches need no change: parent and child share the source.
                 kept_sums, kept = sums.masked_fill(ends, -math.inf).topk(width)  # (B, W)
-                if trace is not None:
+                if trace is not None:  # only for show_beam_search
                     trace.append([(tokens[parent[0, c], 1:length].tolist(), token[0, c].item(),
                                    sums[0, c].item(), ends[0, c].item())
                                   for c in range(sums.size(1)) if sums[0, c] > -math.inf
@@ -626,31 +633,31 @@ class EncoderDecoderTransformer(nn.Module):
                 for self_cache, _ in caches:
                     self_cache.reorder(rows)
 
-                # 4. Stop if no unfinished hypothesis can win. A sum is negative and never rises, so
-                #    its score will be at most sum / max_new_tokens ** length_penalty.
+                # 4. Stop if no unfinished hypothesis can win. A negative sum never rises, and the
+                #    longest answer divides it by the most: sum / max_new_tokens ** length_penalty.
                 possible = kept_sums / max_new_tokens ** length_penalty  # (B, W)
                 done = (possible <= best_score).all(1, keepdim=True)  # (B, 1)
-                sums = kept_sums.masked_fill(done, -math.inf)
+                sums = kept_sums.masked_fill(done, -math.inf)  # a source that is done adds no more
                 if done.all():
                     break
         return [sorted(answers, key=lambda answer: answer.score, reverse=True)[:width]
                 for answers in finished]
 
     def save(self, path):
-        """Write arguments and weights to `path`. Raises OSError."""
+        """Write arguments and weights to `path`, or raise OSError."""
         save_checkpoint(path, self)
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """Return the model that was saved at `path`. Raises InputError if there is none."""
+        """Return the model that was saved at `path`, or raise InputError."""
         return load_checkpoint(path, cls, device)
 
 
 def translate(model, sequences, beam_width=None, **options):
     """Translate lists of digits into lists of words. With a beam_width, it uses `beam_search`.
 
-    options: see `generate` or `beam_search`. The limit is one token beyond <EOS>, so an answer that
-    does not stop is too long and counts as wrong.
+    options: see `generate` or `beam_search`. The limit is the longest answer, <EOS>, and one more
+    token.
     """
     check_sequences(sequences)
     sources = [VOCABULARY.encode(digits) for digits in sequences]
@@ -678,11 +685,11 @@ def predict(model, batch):
 
 # KNOWN from encoder_only.py. Continue reading at `show_beam_search`.
 def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
-    """Return the factor for the learning rate in `step`: linear warmup, then cosine decay.
+    """Return the factor for the learning rate at `step`: linear warmup, then cosine decay.
 
-    Warmup (Vaswani et al. 2017, section 5.3) keeps the first steps small, in which Adam's averages
-    are based on few gradients (Liu et al. 2020, RAdam). Decay (Loshchilov and Hutter 2017) lets the
-    model get closer to a minimum.
+    Warmup (Vaswani et al. 2017, section 5.3) keeps the steps small while Adam's averages are based
+    on few gradients (Liu et al. 2020, RAdam). Decay (Loshchilov and Hutter 2017) lets the model get
+    closer to a minimum.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps  # never 0, which would waste the first step
@@ -692,7 +699,7 @@ def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
 
 def create_optimizer(model, learning_rate, total_steps, warmup_steps, weight_decay=0.01):
     """Return (AdamW, scheduler) for `total_steps` steps. Call scheduler.step() after each step."""
-    fused = next(model.parameters()).device.type != "mps"  # one kernel; older MPS builds lack it
+    fused = next(model.parameters()).device.type != "mps"  # faster; older MPS builds lack it
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay,
                                   fused=fused)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -706,7 +713,7 @@ def cross_entropy(logits, labels):
 
 
 def compute_loss(model, batch):
-    """Return the mean cross-entropy of one batch."""
+    """Return the mean cross-entropy of one batch, with the default options of `predict`."""
     return cross_entropy(*predict(model, batch))
 
 
@@ -717,7 +724,7 @@ def train_epoch(model, loader, optimizer, scheduler, clip_norm, loss_function=co
     total = 0.0
     for batch in tqdm(loader, ascii=True, leave=False, disable=None):  # no bar without a terminal
         loss = loss_function(model, to_device(batch, device))
-        check_finite(loss.item(), scheduler.last_epoch)
+        check_finite(loss.item(), scheduler.last_epoch)  # which is the step, despite its name
         optimizer.zero_grad()  # otherwise backward() adds to the gradients of the previous step
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # keeps the direction
@@ -732,7 +739,7 @@ def evaluate(model, loader):
     """Evaluate the model on `loader`. Returns a dict with:
 
     loss         mean cross-entropy over the labels
-    accuracy     fraction of labels that are the most likely token (decoders: after correct tokens)
+    accuracy     fraction of labels that are the most likely token
     exact_match  fraction of sequences that `translate` gets entirely correct
     examples     (digits, expected words, written words) of each sequence, mistakes first
     """
@@ -741,7 +748,7 @@ def evaluate(model, loader):
     loss_sum, num_correct, num_labels, examples = 0.0, 0, 0, []
     for batch in loader:
         logits, labels = predict(model, to_device(batch, device))
-        counts = labels != IGNORE_INDEX  # (B, T)
+        counts = labels != IGNORE_INDEX  # (B, T): which labels count
         # subtle: sum and divide once. A mean of means gives a small last batch too much weight.
         loss_sum += F.cross_entropy(logits[counts], labels[counts], reduction="sum").item()
         num_correct += (logits.argmax(-1) == labels)[counts].sum().item()
@@ -819,7 +826,7 @@ def show_cross_attention(model, digits):
 
 
 def where_beams_help(model, examples, width, penalty):
-    """Return (digits, words) of an example that beam search gets correct and greedy gets wrong.
+    """Return (digits, words) of an example that beam search gets right and greedy gets wrong.
 
     If there is none, return one that greedy gets wrong, or else the first.
     """
@@ -853,14 +860,14 @@ def main():
         print(f"  epoch {epoch:2d}   train loss {train_loss:.4f}   "
               f"validation loss {result['loss']:.4f}   exact match {result['exact_match']:6.1%}")
         if epoch == 1:
-            undertrained = copy.deepcopy(model)  # still uncertain, so the search matters
+            undertrained = copy.deepcopy(model)  # still uncertain: its learning rate is at its peak
     save_model(model, CHECKPOINTS / "encoder_decoder.pt")
     examples = result["examples"]
 
-    print("\n2. Beam search, step by step (the model after epoch 1)")
+    print("\n2. Beam search (the model after epoch 1). A likelier answer need not be correct")
     digits, words = where_beams_help(undertrained, examples, BEAM_WIDTH, LENGTH_PENALTY)
     show_beam_search(undertrained, digits, words, BEAM_WIDTH, LENGTH_PENALTY)
-    print(f"  and on all {len(examples)} held-out sequences, with the same model")
+    print(f"  the same model on all {len(examples)} held-out sequences")
     show_beam_scores(undertrained, examples, BEAM_WIDTH)
 
     print("\n3. Cross-attention of the trained model: which digits do words attend to?")

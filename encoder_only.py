@@ -9,8 +9,8 @@ Deep Bidirectional Transformers for Language Understanding").
     4   0   7 <SEP> four <MASK> seven          tokens, one of them masked
     |   |   |   |    |     |      |
     [   embedding + position         ]         each token becomes a vector of D numbers
-    [   EncoderLayer: every position ]
-    [   attends to all positions     ]  x 2    in both directions
+    [   2 layers: every position     ]
+    [   attends to all positions     ]         in both directions
     |   |   |   |    |     |      |
                          "zero"                its prediction: a softmax over all 26 tokens
 
@@ -19,7 +19,7 @@ model translates digits to words in one pass. With all digits masked, the same w
 words to digits. The model is then fine-tuned to decide whether the words match the digits.
 
 What it cannot do: choose the length of its output. It fills the masks that it is given, one per
-digit. Keep this in mind when you compare its score with those of the other two.
+digit. Keep this in mind when you compare its score with decoder_only.py and encoder_decoder.py.
 
 Run it:     python encoder_only.py        (about 25 seconds on one CPU core)
 Try it:     python encoder_only.py 4 0 7           (after the run; digits to words)
@@ -31,7 +31,7 @@ The last lines should be close to:
       digits to words, length given        exact match 100.0%
       words to digits, the same weights    exact match 100.0%
       do the words match? pretrained       correct      91.2%
-      from scratch, with as many steps     correct      51.9%
+      from scratch, the same total steps   correct      51.9%
 """
 import copy
 import math
@@ -62,11 +62,11 @@ NUM_LAYERS = 2           # number of layers. Try 1: 9.3-48.4%.
 D_FF = 256               # hidden size of the feed-forward network
 DROPOUT = 0.0            # fraction of activations set to 0 in training. Try 0.3: 24-91.3%.
 # The task
-NUM_SAMPLES = 6000       # distinct sequences, training and validation
+NUM_SAMPLES = 6000       # distinct sequences, training plus validation
 MAX_DIGITS = 5           # longest sequence
+MIN_MASKING_RATE = 0.15  # a fraction of one side is selected, between this and 1 (BERT: 0.15)
 MASK_SHARE = 0.8         # fraction of the selected tokens that become <MASK>
 RANDOM_SHARE = 0.1       # fraction that become a random token; the rest are unchanged
-MIN_MASKING_RATE = 0.15  # each row's masking rate is drawn between this and 1 (BERT: 0.15, fixed)
 # The training
 BATCH_SIZE = 64          # rows per step
 LEARNING_RATE = 3e-3     # its peak. Try 1e-4: 0.7-22.8%.
@@ -84,11 +84,11 @@ NUM_THREADS = 1          # CPU threads
 
 # --- 1. Building blocks, in the order in which the data meets them --------------------
 class PositionalEncoding(nn.Module):
-    """Adds a fixed vector to each token's vector that encodes its position.
+    """Adds to each token's vector a fixed vector that encodes the token's position.
 
     Without positions, an encoder cannot tell `4 0 7` from `7 0 4`, because attention ignores order.
-    Each pair of dimensions rotates from one position `pos` to the next, fast in the first pair
-    (i = 0) and slowly in the last. So one matrix maps any position's vector to that of the next.
+    Each pair (sine, cosine) is a point on a circle. From one position `pos` to the next, it turns
+    by a fixed angle, large in the first pair (i = 0) and small in the last.
 
         PE[pos, 2i]   = sin(pos / 10000^(2i/D))
         PE[pos, 2i+1] = cos(pos / 10000^(2i/D))            Vaswani et al. 2017, section 3.5
@@ -110,7 +110,7 @@ class PositionalEncoding(nn.Module):
 
 
 def attention(queries, keys, values, mask=None, dropout=0.0):
-    """Return softmax(Q K^T / sqrt(K)) V and the weights (Vaswani et al. 2017, section 3.2).
+    """Return softmax(q k^T / sqrt(K)) v and the weights (Vaswani et al. 2017, section 3.2).
 
     queries (B, H, T, K), keys and values (B, H, S, K); mask broadcasts to (B, H, T, S), True = may
     attend. Each query is compared with each key, and the softmax turns a row of scores into weights
@@ -128,8 +128,8 @@ def attention(queries, keys, values, mask=None, dropout=0.0):
         scores = scores.masked_fill(~mask, -math.inf)
     weights = torch.softmax(scores, dim=-1)
     if mask is not None:
-        # subtle: if a query may attend to nothing, its softmax is 0/0 = NaN. Use weights of 0.
-        # (This happens with the left padding of decoder_only.py.)
+        # subtle: if all keys of a query are masked, its softmax is 0/0 = NaN. Use weights of 0.
+        # (Only decoder_only.py has such queries: it pads on the left.)
         weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return F.dropout(weights, dropout) @ values, weights  # (B, H, T, K), (B, H, T, S)
 
@@ -137,10 +137,10 @@ def attention(queries, keys, values, mask=None, dropout=0.0):
 class MultiHeadAttention(nn.Module):
     """Attention in H heads in parallel, each with its own K = D / H dimensions.
 
-    Queries are computed from x, keys and values from memory. A query describes what a position
-    looks for, a key what a position offers, and a value the content that it passes on. In
-    self-attention, x and memory are the same. H heads give each query H sets of weights, with as
-    many parameters and multiplications as one head of full width.
+    Queries are computed from x; keys and values are computed from memory, which is x itself in
+    self-attention and another sequence in cross-attention (encoder_decoder.py). A query describes
+    what a position looks for, a key what it offers, and a value the content that it passes on.
+    H heads cost as much as one head of D dimensions. w_o mixes their results.
     """
 
     def __init__(self, d_model, num_heads, dropout=0.0):
@@ -198,10 +198,10 @@ class EncoderLayer(nn.Module):
         x = x + attention(norm(x))
         x = x + feed_forward(norm(x))
 
-    LayerNorm scales each token's vector to mean 0 and variance 1, then applies a learned gain and
+    LayerNorm gives each token's vector mean 0 and variance 1, then applies a learned gain and
     shift. The residual `x +` gives gradients a direct path: the derivative of x + f(x) is
     1 + f'(x). Vaswani et al. 2017 and BERT normalize after the addition (post-norm). GPT-2, T5,
-    and this file normalize the input of each sublayer (pre-norm, Xiong et al. 2020).
+    and this file normalize the input of both parts (pre-norm, Xiong et al. 2020).
     """
 
     def __init__(self, d_model, num_heads, d_ff, dropout=0.0):
@@ -226,9 +226,9 @@ class EncoderOnlyTransformer(nn.Module):
     """An encoder that predicts a token at every position.
 
     Differs from Devlin et al. 2019: pre-norm instead of post-norm; sinusoidal positions instead of
-    learned ones; the embedding is scaled by sqrt(D) and not normalized; no segment embedding (<SEP>
-    separates the two sides); no next-sentence prediction (Liu et al. 2019, RoBERTa, found that it
-    does not help); no extra dense layer before the output.
+    learned ones; the embedding is scaled and not normalized; no vector that marks the two sides
+    (<SEP> separates them); no training on whether two texts follow each other (Liu et al. 2019,
+    RoBERTa, found that it does not help); no extra dense layer before the output.
     """
 
     def __init__(self, vocab_size=len(VOCABULARY), d_model=64, num_heads=4, num_layers=2, d_ff=256,
@@ -244,12 +244,12 @@ class EncoderOnlyTransformer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(EncoderLayer(d_model, num_heads, d_ff, dropout)
                                     for _ in range(num_layers))
-        self.final_norm = nn.LayerNorm(d_model)  # nothing has normalized the last `x +` yet
+        self.final_norm = nn.LayerNorm(d_model)  # pre-norm leaves the last sum unnormalized
         self.output = nn.Linear(d_model, vocab_size)
-        # Tied weights (Press and Wolf 2017): input and output share one matrix. The output needs
-        # small weights: with std 0.02, the first predictions are almost uniform, and the first
-        # loss is close to ln V = 3.26. The input is added to positions, whose values have a size
-        # of 0.7. So `encode` multiplies it by sqrt(D) = 8 (Vaswani et al. 2017, section 3.4).
+        # Tied weights (Press and Wolf 2017): input and output share one matrix, which saves V * D
+        # parameters. The output needs small weights: with std 0.02, the first loss is close to
+        # ln V = 3.26, that of a uniform guess. As the input, 0.02 is tiny next to the positions
+        # (0.7 rms), so `encode` multiplies it by sqrt(D) = 8 (Vaswani et al. 2017, section 3.4).
         # Without this factor, 8 epochs end at 0.0-0.2% exact match (SEED 0-2).
         self.output.weight = self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -273,19 +273,19 @@ class EncoderOnlyTransformer(nn.Module):
         return self.output(self.encode(tokens, mask)[0])  # (B, S, V)
 
     def save(self, path):
-        """Write arguments and weights to `path`. Raises OSError."""
+        """Write arguments and weights to `path`, or raise OSError."""
         save_checkpoint(path, self)
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """Return the model that was saved at `path`. Raises InputError if there is none."""
+        """Return the model that was saved at `path`, or raise InputError."""
         return load_checkpoint(path, cls, device)
 
 
 # --- 3. What it is trained for: masked language modeling ------------------------------
 def word_positions(tokens):
     """Return booleans (B, S), True for words: the tokens after <SEP>, without padding."""
-    return (tokens >= FIRST_ORDINARY) & ((tokens == SEP).cumsum(1) > 0)
+    return (tokens >= FIRST_ORDINARY) & ((tokens == SEP).cumsum(1) > 0)  # from <SEP> on
 
 
 def mask_tokens(tokens, mask_share=0.8, random_share=0.1, min_rate=0.15, generator=None):
@@ -296,15 +296,15 @@ def mask_tokens(tokens, mask_share=0.8, random_share=0.1, min_rate=0.15, generat
 
         4 0 7 <SEP> four   zero  seven     original
         4 0 7 <SEP> <MASK> three seven     corrupted: masked, random, unchanged
-        . . .   .   four   zero  seven     labels, where . is IGNORE_INDEX
+        . . .   .   four   zero  seven     labels; . is IGNORE_INDEX, which is not in the loss
 
-    Why not always <MASK>? Devlin et al. answer that fine-tuning never shows <MASK>. On this task it
-    does not help: fine-tuning ends at 91.2-97.5% correct, and with <MASK> only at 97.1-99.5%
-    (SEED 0-2).
+    Why not always <MASK>? Devlin et al. answer that <MASK> never appears in fine-tuning, so the
+    model should not rely on it. Here, the mix does not help: fine-tuning ends at 91.2-97.5% with
+    it, and at 97.1-99.5% if all selected tokens become <MASK> (SEED 0-2).
 
-    Unlike BERT, it masks only one side of each row: if a digit *and* its word were masked, neither
-    could be recovered. And each row draws its masking rate between `min_rate` and 1: at BERT's 15%,
-    the model would almost never see all words masked, which is its input when it translates.
+    Unlike in BERT, only one side of each row is masked: if a digit *and* its word were masked,
+    neither could be recovered. And each row draws its masking rate between `min_rate` and 1: at
+    BERT's 15%, the model would almost never see all words masked, as they are when it translates.
     """
     def rand(*shape):
         return torch.rand(*shape, generator=generator, device=tokens.device)
@@ -314,11 +314,11 @@ def mask_tokens(tokens, mask_share=0.8, random_share=0.1, min_rate=0.15, generat
     digits = (tokens >= FIRST_ORDINARY) & ~words
     candidates = torch.where(rand(batch, 1) < 0.5, words, digits)  # one side of each row
     rate = min_rate + (1 - min_rate) * rand(batch, 1)  # (B, 1)
-    # The lowest draw is always selected, because the loss of a batch without labels is 0/0 = NaN.
+    # The lowest draw of each row is always selected, because without labels the loss is 0/0 = NaN.
     draw = rand(batch, length).masked_fill(~candidates, 2.0)  # (B, S)
     selected = candidates & (draw <= torch.maximum(rate, draw.amin(1, keepdim=True)))
 
-    # subtle: one draw decides among the three. A second draw would overwrite some of the masks.
+    # subtle: one draw decides among the three actions. A second one would overwrite some masks.
     action = rand(batch, length)  # (B, S)
     masked = selected & (action < mask_share)
     randomized = selected & (action >= mask_share) & (action < mask_share + random_share)
@@ -372,8 +372,8 @@ def translate(model, sequences):
 def translate_back(model, sequences):
     """Translate words into digits by filling `<MASK> <MASK> <MASK> <SEP> four zero seven`.
 
-    A causal model trained on digits, then words, cannot do this in one pass, because the digits
-    come before the words.
+    A model that reads from left to right, digits first, cannot do this, because it must predict the
+    digits before it has read the words.
     """
     check_sequences(sequences)
     filled = fill_masks(model, [["<MASK>"] * len(words) + ["<SEP>", *words] for words in sequences])
@@ -382,11 +382,11 @@ def translate_back(model, sequences):
 
 # --- 5. Training ----------------------------------------------------------------------
 def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
-    """Return the factor for the learning rate in `step`: linear warmup, then cosine decay.
+    """Return the factor for the learning rate at `step`: linear warmup, then cosine decay.
 
-    Warmup (Vaswani et al. 2017, section 5.3) keeps the first steps small, in which Adam's averages
-    are based on few gradients (Liu et al. 2020, RAdam). Decay (Loshchilov and Hutter 2017) lets the
-    model get closer to a minimum.
+    Warmup (Vaswani et al. 2017, section 5.3) keeps the steps small while Adam's averages are based
+    on few gradients (Liu et al. 2020, RAdam). Decay (Loshchilov and Hutter 2017) lets the model get
+    closer to a minimum.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps  # never 0, which would waste the first step
@@ -396,7 +396,7 @@ def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
 
 def create_optimizer(model, learning_rate, total_steps, warmup_steps, weight_decay=0.01):
     """Return (AdamW, scheduler) for `total_steps` steps. Call scheduler.step() after each step."""
-    fused = next(model.parameters()).device.type != "mps"  # one kernel; older MPS builds lack it
+    fused = next(model.parameters()).device.type != "mps"  # faster; older MPS builds lack it
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay,
                                   fused=fused)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -410,7 +410,7 @@ def cross_entropy(logits, labels):
 
 
 def compute_loss(model, batch):
-    """Return the mean cross-entropy of one batch."""
+    """Return the mean cross-entropy of one batch, with the default options of `predict`."""
     return cross_entropy(*predict(model, batch))
 
 
@@ -421,7 +421,7 @@ def train_epoch(model, loader, optimizer, scheduler, clip_norm, loss_function=co
     total = 0.0
     for batch in tqdm(loader, ascii=True, leave=False, disable=None):  # no bar without a terminal
         loss = loss_function(model, to_device(batch, device))
-        check_finite(loss.item(), scheduler.last_epoch)
+        check_finite(loss.item(), scheduler.last_epoch)  # which is the step, despite its name
         optimizer.zero_grad()  # otherwise backward() adds to the gradients of the previous step
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # keeps the direction
@@ -436,7 +436,7 @@ def evaluate(model, loader):
     """Evaluate the model on `loader`. Returns a dict with:
 
     loss         mean cross-entropy over the labels
-    accuracy     fraction of labels that are the most likely token (decoders: after correct tokens)
+    accuracy     fraction of labels that are the most likely token
     exact_match  fraction of sequences that `translate` gets entirely correct
     examples     (digits, expected words, written words) of each sequence, mistakes first
     """
@@ -445,7 +445,7 @@ def evaluate(model, loader):
     loss_sum, num_correct, num_labels, examples = 0.0, 0, 0, []
     for batch in loader:
         logits, labels = predict(model, to_device(batch, device))
-        counts = labels != IGNORE_INDEX  # (B, T)
+        counts = labels != IGNORE_INDEX  # (B, T): which labels count
         # subtle: sum and divide once. A mean of means gives a small last batch too much weight.
         loss_sum += F.cross_entropy(logits[counts], labels[counts], reduction="sum").item()
         num_correct += (logits.argmax(-1) == labels)[counts].sum().item()
@@ -467,7 +467,8 @@ def corrupt_one_word(tokens, generator=None):
     draw = rand(*tokens.shape).masked_fill(~word_positions(tokens), -1.0)  # (B, S)
     position = draw.argmax(1, keepdim=True)  # (B, 1): the index of a random word in each row
     word = tokens.gather(1, position)  # (B, 1)
-    other = zero + (word - zero + 1 + (9 * rand(*word.shape)).long()) % 10  # one of the other nine
+    # The ten words have consecutive ids, so this is one of the other nine:
+    other = zero + (word - zero + 1 + (9 * rand(*word.shape)).long()) % 10
     matches = rand(*word.shape) < 0.5
     return tokens.scatter(1, position, torch.where(matches, word, other)), matches[:, 0].long()
 
@@ -500,7 +501,7 @@ class MatchClassifier(nn.Module):
 
 
 def classifier_loss(classifier, batch):
-    """Return the mean cross-entropy of the labels. Each call corrupts other rows and words."""
+    """Return the mean cross-entropy of the labels. Each call corrupts different rows and words."""
     tokens, labels = corrupt_one_word(batch["pair"])
     return F.cross_entropy(classifier(tokens), labels)
 
@@ -592,7 +593,7 @@ def show_attention(model, row):
     on average. Attention weights do not explain a prediction by themselves (Jain and Wallace 2019).
     """
     weights, others = attention_of_masks(model, row)  # (layers, H, M, S)
-    own = weights[..., others].diagonal(dim1=-2, dim2=-1).mean(-1)  # (layers, H)
+    own = weights[..., others].diagonal(dim1=-2, dim2=-1).mean(-1)  # (layers, H): mask i on token i
     layer, head = divmod(own.argmax().item(), own.size(1))
     print(f"  layer {layer}, head {head}; rows are queries, columns are keys; each row sums to 1:")
     print_attention(weights[layer, head], [f"<MASK> {n + 1}" for n in range(len(others))], row)
@@ -624,8 +625,8 @@ def main():
               f"validation loss {result['loss']:.4f}   exact match {result['exact_match']:6.1%}")
     save_model(model, CHECKPOINTS / "encoder_only.pt")
 
-    print("\n2. Fine-tuning: do the words match the digits? (A guess is correct in 50%.) Training "
-          "from\n   scratch also gets the steps of pretraining")
+    print("\n2. Fine-tuning: do the words match the digits? (A guess is correct half the time.)\n"
+          "   The model from scratch trains on this task for as many steps as both together")
     untrained = EncoderOnlyTransformer(**model.arguments).to(device)
     settings = (FINETUNE_LEARNING_RATE, WARMUP_STEPS, CLIP_NORM)
     pretrained = fine_tune(model, train_loader, val_loader, FINETUNE_EPOCHS, *settings)
@@ -655,7 +656,7 @@ def main():
     print(f"  digits to words, length given        exact match {result['exact_match']:6.1%}")
     print(f"  words to digits, the same weights    exact match {exact_match(back, digits):6.1%}")
     print(f"  do the words match? pretrained       correct     {pretrained[-1]:6.1%}")
-    print(f"  from scratch, with as many steps     correct     {from_scratch[-1]:6.1%}")
+    print(f"  from scratch, the same total steps   correct     {from_scratch[-1]:6.1%}")
 
 
 def answer(tokens):

@@ -74,7 +74,7 @@ def check_value(name, value):
     if kind is bool or isinstance(kind, tuple):
         allowed = (True, False) if kind is bool else kind
         if not any(type(value) is type(one) and value == one for one in allowed):
-            raise InputError(f"{name}={value!r} is unknown: use {' or '.join(map(repr, allowed))}")
+            raise InputError(f"{name}={value!r} is invalid: use {' or '.join(map(repr, allowed))}")
         return
     lowest, highest, example = limits
     # bool is a subclass of int: without this test, NUM_LAYERS=True would build one layer.
@@ -99,7 +99,7 @@ def check_arguments(**arguments):
 def check_filters(temperature, top_k, top_p):
     """Raise InputError unless these values can filter logits."""
     check_arguments(temperature=temperature, top_k=top_k, top_p=top_p)
-    if temperature < 1e-30:  # dividing by it gives NaN
+    if temperature < 1e-30:  # dividing logits by it could overflow
         raise InputError(f"temperature={temperature} is too small for sampling: use 0.01 or more, "
                          "or greedy generation")
 
@@ -123,7 +123,7 @@ def check_model(arguments):
 def check_constants(constants):
     """Raise InputError for the first constant that cannot work, before any work is done.
 
-    constants: a script's `globals()`. Names without a rule are ignored.
+    constants: a script's `globals()`. Names without a rule are ignored, except DEVICE.
     """
     get = constants.get
     for name in RULES:
@@ -135,7 +135,7 @@ def check_constants(constants):
                          "sum to more than 1: use 0.8 and 0.1")
     if get("MIN_LEARNING_RATE", 0) > get("LEARNING_RATE", math.inf):
         raise InputError(f"MIN_LEARNING_RATE={get('MIN_LEARNING_RATE')} is above "
-                         f"LEARNING_RATE={get('LEARNING_RATE')}: use less")
+                         f"LEARNING_RATE={get('LEARNING_RATE')}: lower it")
     device = choose_device(get("DEVICE", "cpu"))
     if get("PRECISION") == "float16" and device.type != "cuda":
         raise InputError("PRECISION='float16' needs a CUDA device, but DEVICE is "
@@ -176,11 +176,11 @@ def check_rows(rows, vocab_size, max_len, new_tokens=0):
     """Raise InputError unless `rows` is a list of lists of token ids that fit a model of this size.
 
     new_tokens: how many more tokens each row must have room for. Forward passes check nothing,
-    because reading the values of a tensor would make a GPU wait in every step.
+    because reading the values of a tensor would make the CPU wait for a GPU in every step.
     """
     if not is_list(rows) or not all(is_list(row) for row in rows):
         raise InputError("rows must be a list of lists with at least one token id each: use one "
-                         "such as [[10, 6, 13], [9]]")
+                         "such as [[10, 6, 13], [15]]")
     for row in rows:
         for token in row:
             if type(token) is not int or not 0 <= token < vocab_size:
@@ -207,7 +207,7 @@ def check_known(tokens, known, example):
     for token in tokens:
         if token not in known:
             raise InputError(f"{ascii(token)} is unknown: use {' '.join(known)}, with spaces "
-                             f"between them, such as: {example}")
+                             f"between them, for example: {example}")
 
 
 def check_finite(value, step, what="loss"):
@@ -242,7 +242,7 @@ def tensors_to_bytes(value):
 
 
 def tensors_from_bytes(content, device="cpu"):
-    """Return the tensors and plain values in `content`. Raises anything if it is damaged.
+    """Return the tensors and plain values in `content`. Damaged content can raise any exception.
 
     torch.load ignores the checksums of the zip format, so a flipped bit would load as a wrong
     weight. They are verified here. weights_only=True prevents the code execution that pickle
@@ -255,14 +255,14 @@ def tensors_from_bytes(content, device="cpu"):
 
 
 def save_checkpoint(path, model):
-    """Write the class name, arguments, and weights of `model` to `path`. Raises OSError."""
+    """Write the class name, arguments, and weights of `model` to `path`, or raise OSError."""
     write_atomically(path, tensors_to_bytes({
         "architecture": type(model).__name__, "arguments": model.arguments,
         "weights": model.state_dict()}))
 
 
 def load_checkpoint(path, model_class, device="cpu"):
-    """Return the model that `save_checkpoint` wrote, in evaluation mode. Raises InputError."""
+    """Return the model that `save_checkpoint` wrote, in evaluation mode, or raise InputError."""
     path, device, name = Path(path), choose_device(str(device)), model_class.__name__
     shown = f"{path.parent.name}/{path.name}"
     if not path.is_file():
@@ -298,7 +298,7 @@ def save_model(model, path):
         model.save(path)
     except OSError as error:
         print(f"warning: could not save {path.parent.name}/{path.name} ({error.strerror}): "
-              "the model was not saved")
+              "the model is not on disk")
         return False
     print(f"saved {path.parent.name}/{path.name}")
     return True
@@ -334,7 +334,7 @@ def evaluation_mode(model):
 def run_script(main, answer=None):
     """Call `main()`, or `answer(words)` if words follow the script's name on the command line.
 
-    InputError prints one line and exits with code 2, Ctrl-C prints one line and exits with 130.
+    InputError prints one line and exits with code 2; Ctrl-C prints one line and exits with 130.
     Other exceptions keep their traceback, because they come from code that a reader has changed.
     """
     words = sys.argv[1:]

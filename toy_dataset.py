@@ -4,8 +4,8 @@ toy_dataset.py - the small task that all three transformers learn
 THE TASK.  Read digits, write words:   4 0 7  ->  four zero seven
 
 The task is easy on purpose: if something goes wrong, the fault is in the model or its input. Still,
-the model must use positions, attend to the correct digit (attention), ignore the padding of shorter
-rows (masks), and learn when to stop (<EOS>).
+the model must attend to the correct digit (attention, positions), ignore the padding of shorter
+rows (masks), and, unless its length is given, learn when to stop (<EOS>).
 
 Each architecture gets the same sequence in its own format:
 
@@ -15,8 +15,8 @@ Each architecture gets the same sequence in its own format:
 
 Run it:     python toy_dataset.py        (about 3 seconds, nearly all of it importing torch)
 
-It prints the vocabulary, some samples, and one batch with the positions that count in the loss. The
-last lines should be:
+It prints the vocabulary, some samples, and the positions of a row that count in the loss. The last
+lines should be:
 
     disjoint: 0 of 601 validation sequences occur in training
     <EOS> directly follows the last word in 4 of 4 rows
@@ -29,7 +29,8 @@ TERMS that this file uses; the models explain them in full:
                    *values* (see attention_by_hand.py)
   head             one of several attention computations that run in parallel
   encoder          a stack of layers in which each position may attend to all positions
-  decoder          a stack of layers that predicts the next token, from left to right
+  decoder          a stack of layers that predicts the next token, from left to right; in an
+                   encoder-decoder, it also attends to the encoder's outputs
   causal           no position attends to later ones, so that the model cannot see the token that
                    it must predict
   teacher forcing  during training, a decoder reads the ground-truth prefix instead of its own
@@ -69,16 +70,16 @@ WORD_OF = dict(zip(DIGITS, WORDS))
 
 PAD, SOS, EOS, UNK, SEP, MASK = range(6)
 #   PAD   fills short rows up to the longest row of the batch; no real token attends to it
-#   SOS   start of sequence: the first input token of a decoder
+#   SOS   start of sequence: the first decoder input of the encoder-decoder
 #   EOS   end of sequence: a decoder must learn to predict it, or it never stops
 #   UNK   replaces every token that is not in the vocabulary
 #   SEP   separates digits from words in the same row
 #   MASK  marks a token that BERT must predict
 FIRST_ORDINARY = len(SPECIAL_TOKENS)  # the first id of a digit or word
 
-# F.cross_entropy ignores labels with this value, the default of its ignore_index. <PAD> (0) would
-# be a bad choice: if you forget `ignore_index=PAD` once, the model learns to predict padding,
-# without any error.
+# F.cross_entropy ignores labels with this value, the default of its ignore_index. Labels padded
+# with <PAD> (0) would be risky: if you forget `ignore_index=PAD` once, the model learns to predict
+# padding, without any error.
 IGNORE_INDEX = -100
 
 
@@ -108,7 +109,7 @@ class Vocabulary:
         return [self.ids.get(token, UNK) for token in tokens]
 
     def decode(self, ids):
-        """Return the tokens of `ids` (a list or 1-D tensor). InputError for an unknown id."""
+        """Return the tokens of `ids`, a list or 1-D tensor. Raises InputError for an unknown id."""
         ids = [int(i) for i in ids]
         if not all(0 <= i < len(self) for i in ids):  # a negative index would count from the end
             raise InputError(f"{ids} has an id outside the vocabulary: use 0 to {len(self) - 1}")
@@ -130,8 +131,8 @@ def count_distinct(max_digits):
 def make_sequences(num_samples, max_digits, seed):
     """Return `num_samples` distinct sequences of 1 to `max_digits` digits in random order.
 
-    Lengths are balanced as far as possible: 6000 samples of up to 5 digits are all 10 of one digit,
-    all 100 of two, all 1000 of three, and 2445 each of four and five. In a uniform draw, nine of
+    Lengths are balanced as far as possible: 6000 samples of up to 5 digits use all 10 of one digit,
+    all 100 of two, all 1000 of three, and 2445 each of four and five. In a uniform draw, nine in
     ten sequences would have five digits. Raises InputError if fewer distinct sequences exist.
     """
     if num_samples > count_distinct(max_digits):
@@ -169,8 +170,8 @@ def make_item(digits):
 def is_held_out(digits, validation_share):
     """Return True if this sequence is held out for validation. A checksum of its digits decides.
 
-    So no script trains on a sequence that another script holds out, whatever their seeds and
-    numbers of samples are, if its own share is at least as large as the other script's.
+    So scripts with the same share never train on each other's held-out sequences, whatever their
+    seeds and numbers of samples.
     """
     return zlib.crc32("".join(digits).encode()) < validation_share * 2 ** 32
 
@@ -199,8 +200,8 @@ class NumberTranslationDataset(Dataset):
 def pad_rows(rows, value):
     """Return lists of ids as one tensor (B, longest), padded with `value` on the right.
 
-        pad_rows([[10, 6, 13], [9]], PAD)   ->   [[10,  6, 13],
-                                                  [ 9,  0,  0]]
+        pad_rows([[10, 6, 13], [15]], PAD)   ->   [[10,  6, 13],
+                                                   [15,  0,  0]]
     """
     longest = max(len(row) for row in rows)
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])  # (B, longest)
@@ -210,10 +211,10 @@ def padding_mask(tokens):
     """Return the mask (B, 1, 1, S) of ids (B, S): True = may be attended to, False = padding.
 
         [[10, 6, 13],          [[[[True, True,  True ]]],
-         [ 9, 0,  0]]    ->     [[[True, False, False]]]]
+         [15, 0,  0]]    ->     [[[True, False, False]]]]
 
-    The two dimensions of size 1 are for heads and queries: a key is masked for all of them or for
-    none. Queries are never masked, because the output at a padded position is never used.
+    The dimensions of size 1 are for heads and queries (S is any length): a key is masked for all of
+    them or for none. Queries are never masked, because outputs at padded positions are never used.
 
     CONVENTION. Here and in F.scaled_dot_product_attention, True means "may attend". In
     nn.MultiheadAttention and nn.Transformer, True means "masked". Convert with `~`.
@@ -226,28 +227,29 @@ def collate_fn(items):
 
     Here are two rows, `4 0 7` and `9`, as tokens. A dot is <PAD>, or IGNORE_INDEX in labels:
 
-      encoder-decoder (S = 3, T = 4)
+      encoder-decoder (S = 3, T = 4; the decoder also sees the whole source)
         source          4    0    7             9    .    .
+
         decoder_input   SOS  four zero seven    SOS  nine .    .
         labels          four zero seven EOS     nine EOS  .    .
 
-      decoder-only (one row: digits, <SEP>, words; S + T = 7 tokens)
+      decoder-only (one row: digits, <SEP>, words; S + T = 7 tokens, <EOS> is only a label)
         pair            4   0   7   SEP   four  zero   seven          9   SEP   nine  .   .   .   .
         pair_labels     .   .   .   four  zero  seven  EOS            .   nine  EOS   .   .   .   .
 
       encoder-only: also `pair`, but it masks tokens and makes its own labels in every step
 
-    Read each column from top to bottom: given all tokens up to this one, predict the label.
+    Read each column: given the inputs up to this one, predict the label below it.
 
     subtle: the labels are the input shifted by one position, and they are shifted only *here*.
     Hugging Face's causal models shift inside the loss. If you pass them shifted labels, the model
-    learns to predict the token after the next.
+    learns to predict the token after next.
 
     subtle: <EOS> follows the last word of *its own* row. A common bug is to pad first and then
-    append <EOS>, so that it follows a word only in the longest rows.
+    append <EOS>, which then follows a word only in the longest rows.
 
-    The digits in `pair` are not scored, because they are random: guessing one of ten costs ln 10 =
-    2.30 nats. The label at <SEP> is the first word.
+    The digits in `pair` are not scored: they are random, so each would add a loss of ln 10 = 2.30
+    that no model can reduce. The label at <SEP> is the first word.
 
     Returns a dict:  int64 tensors    source, decoder_input, labels, pair, pair_labels
                      boolean masks    source_mask, decoder_mask, pair_mask; see `padding_mask`
@@ -277,7 +279,7 @@ def to_device(batch, device):
 
 
 def create_dataloaders(num_samples=6000, max_digits=5, batch_size=64, seed=0, validation_share=0.1):
-    """Return (training loader, validation loader) over disjoint sequences. The first shuffles."""
+    """Return (training, validation) loaders over disjoint sequences. The first one shuffles."""
     dataset = NumberTranslationDataset(num_samples, max_digits, seed)
     training, validation = dataset.split(validation_share)
     if not validation or not training:
@@ -288,8 +290,8 @@ def create_dataloaders(num_samples=6000, max_digits=5, batch_size=64, seed=0, va
         raise InputError(f"BATCH_SIZE={batch_size} is larger than the {len(training)} training "
                          f"sequences: use {len(training)} or less, or raise "
                          f"NUM_SAMPLES={num_samples}")
-    # subtle: the validation loader needs a generator too, although it does not shuffle. Without
-    # one, each pass draws from torch's global generator, so that evaluating changes the training.
+    # subtle: the validation loader needs a generator too: even an unshuffled pass draws a seed.
+    # Without one, it comes from torch's global generator, so evaluation changes the training.
     train_loader = DataLoader(Subset(dataset, training), batch_size, shuffle=True,
                               collate_fn=collate_fn, generator=torch.Generator().manual_seed(seed))
     val_loader = DataLoader(Subset(dataset, validation), 4 * batch_size, collate_fn=collate_fn,
@@ -304,7 +306,7 @@ def exact_match(written, expected):
 
 
 def print_examples(examples, count=5):
-    """Print the first `count` of (source, expected, written), each a list of tokens."""
+    """Print the first `count` examples: (source, expected, written), each a list of tokens."""
     for source, expected, written in examples[:count]:
         verdict = "correct" if written == expected else f"WRONG: expected {' '.join(expected)}"
         print(f"  {' '.join(source)}  ->  {' '.join(written)}   {verdict}")
@@ -318,7 +320,7 @@ def print_attention(weights, queries, keys):
 
 
 def print_label_table(inputs, labels):
-    """Print input ids and label ids (1-D tensors of one length) as a table, one position per line.
+    """Print input ids and label ids (1-D tensors of equal size) as a table, a position per line.
 
     Print this table for the first batch of every new project. It shows what is hard to see in a
     loss: labels shifted twice, a misplaced <EOS>, a prompt that is scored.
@@ -347,8 +349,8 @@ def print_masks(batch, row):
 def main():
     """Print the vocabulary, the data, and one batch.
 
-    In the first table, the label of the last word is <EOS>, which teaches the model to stop. In the
-    second table, the prompt is read but not scored.
+    In the first table of labels, the label of the last word is <EOS>, which teaches the model to
+    stop. In the second one, the prompt is read but not scored.
     """
     check_constants(globals())
     train_loader, val_loader = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED,
@@ -369,7 +371,7 @@ def main():
     for item in training[::len(training) // 3][:3]:
         print(f"    {' '.join(item['digits']):10s} -> {' '.join(item['words'])}")
 
-    rows = {len(item["digits"]): item for item in training}
+    rows = {len(item["digits"]): item for item in training}  # the last item of each length
     items = [rows[length] for length in sorted(rows)[:4]][::-1]  # one row of each of four lengths
     batch = collate_fn(items)
     print(f"\nA batch of {len(items)} rows: source {tuple(batch['source'].shape)}, "

@@ -30,7 +30,7 @@ The last lines should be close to:
 
 READING ORDER   optimizer -> micro-batches -> train_step -> train (the loop, the heart of this file)
                 -> fused attention, checkpointing -> main. The learning-rate schedule is `lr_factor`
-                in decoder_only.py. Files and processes are in bookkeeping.py.
+                in decoder_only.py. Files and processes are handled in bookkeeping.py.
 """
 import contextlib
 import functools
@@ -92,7 +92,7 @@ DEVICE = "cpu"           # or "cuda", "mps"
 NUM_THREADS = 1          # CPU threads per process
 # =====================================================================================
 
-# These constants say how a run is carried out, so they may change before it is resumed.
+# These constants affect only how a run is carried out, so they may change before it is resumed.
 FREE_TO_CHANGE = {"RESUME_EVERY", "PROFILE_STEPS", "DEVICE", "NUM_THREADS"}
 
 
@@ -119,7 +119,7 @@ def create_optimizer(model, total_steps):
 def epoch_groups(num_rows, epoch):
     """Return the row numbers of one epoch, grouped by step and then by micro-batch.
 
-    The order depends only on SEED and epoch, so two numbers, epoch and group, are enough to resume.
+    The order depends only on SEED and epoch, so epoch and group are enough to find the next rows.
     No generator's state has to be saved.
     """
     generator = torch.Generator().manual_seed((SEED * 100_003 + epoch) % 2 ** 63)
@@ -135,10 +135,10 @@ def seed_micro_batch(step, number):
 
 # --- 3. One step ----------------------------------------------------------------------
 def train_step(script, model, items, group, step, optimizer, scheduler, scaler):
-    """Take one optimizer step on `group`, a list of micro-batches of row numbers of `items`.
+    """Take one optimizer step on `group`: micro-batches, each a list of row numbers in `items`.
 
     Returns (mean loss over the group's labels, gradient norm before clipping, number of labels).
-    `train_epoch` in decoder_only.py is the plain version, for one batch and one process.
+    `train_epoch` in decoder_only.py is the plain version: one batch per step, and one process.
 
     ACCUMULATION. backward() adds to .grad until zero_grad(), so several micro-batches can replace
     one batch that is too large for memory. The result must be the gradient of the mean loss over
@@ -246,7 +246,7 @@ def fused_attention(queries, keys, values, mask=None, dropout=0.0):
     """Compute `attention` in one kernel. Returns (result, None), because it stores no weights.
 
     It computes the softmax in tiles (Dao et al. 2022, FlashAttention) and divides by sqrt(K)
-    itself. Since PyTorch 2.5 it returns zeros for a query that may attend to nothing.
+    itself. Since PyTorch 2.5, it returns zeros for a query whose keys are all masked.
     """
     return F.scaled_dot_product_attention(queries, keys, values, mask, dropout), None
 
@@ -276,7 +276,7 @@ def checkpoint_layers(model):
 
 
 def activation_bytes(script, model, batch):
-    """Return the bytes that a forward pass keeps for the backward pass, without the weights."""
+    """Return how many bytes a forward pass keeps for the backward pass, excluding the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -362,7 +362,7 @@ def train_architecture(name, device, settings, done, progress):
     train(script, model, state, items, val_loader, save)
     record = {**state.record, "parameters": num_parameters, "saved": False, "best_weights": None}
     if rank() == 0:
-        # Until this training has ended, the file keeps the model of the previous run.
+        # Until training ends, the file still holds the model from the previous run.
         plain_model.load_state_dict(state.record["best_weights"])
         record["saved"] = save_model(plain_model, CHECKPOINTS / file)
         write_history([*done.values(), record])
@@ -372,7 +372,7 @@ def train_architecture(name, device, settings, done, progress):
 
 def train_for(script, model, train_loader, num_steps, learning_rate, warmup_steps, clip_norm,
               watch=None):
-    """Train for `num_steps` plain steps, for the scripts that compare and draw. Returns the model.
+    """Train for `num_steps` plain steps and return the model. Used for comparisons and figures.
 
     watch(step, loss, seconds) is called after each step. Its own time does not count.
     """
@@ -409,7 +409,7 @@ def show_inference(device, done, num_examples=200):
     """Print the results of each saved model with each strategy.
 
     The models were not trained on these sequences, but the best epoch was selected on them. So the
-    comparison of strategies is fair, and the scores are slightly optimistic. For unbiased scores,
+    comparison of strategies is fair, but the scores are slightly optimistic. For unbiased scores,
     use a third set.
     """
     _, val_loader = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED, VALIDATION_SHARE)
@@ -436,8 +436,8 @@ def check():
                                          VALIDATION_SHARE)
     total_steps = NUM_EPOCHS * len(epoch_groups(len(train_loader.dataset), 0))
     if WARMUP_STEPS > max(0, total_steps - 2):
-        raise InputError(f"WARMUP_STEPS={WARMUP_STEPS} leaves no step of {total_steps} for the "
-                         f"decay: use {total_steps // 10}, or raise NUM_EPOCHS={NUM_EPOCHS}")
+        raise InputError(f"WARMUP_STEPS={WARMUP_STEPS} leaves none of the {total_steps} steps for "
+                         f"the decay: use {total_steps // 10}, or raise NUM_EPOCHS={NUM_EPOCHS}")
 
 
 def main():

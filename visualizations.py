@@ -4,8 +4,8 @@ visualizations.py - draw figures that explain transformers, with the collection'
 Run it:     python visualizations.py        (about 20 seconds on one CPU core)
 
 It writes PNG files to figures/. Each title states the main point of its figure. The models come
-from checkpoints/ and the learning curves from runs/. Where they are missing, small models are
-trained instead, which takes about five seconds each.
+from checkpoints/, the learning curves from runs/. Small models are trained where they are missing,
+and for the figures on generation, in about five seconds each.
 
 READING ORDER   style -> models -> one function per figure, named after its file -> main
 """
@@ -54,7 +54,7 @@ NUM_THREADS = 1
 # =====================================================================================
 
 # One style for all figures. Color-blind readers can tell the colors of Okabe and Ito (2008) apart.
-# Lines also differ in dashes, for black-and-white prints. The lightness of viridis rises evenly.
+# Lines differ in dashes or width, for black-and-white prints. Viridis rises evenly in lightness.
 BLUE, ORANGE, GREEN, RED, GRAY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
 LINES = [(BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (RED, ":")]
 ALLOWED, MASKED = "#0072B2", "#F2F2F2"  # in masks: dark = may attend, light = masked
@@ -280,7 +280,7 @@ def diagram_axis(width, height, figsize):
 
 
 def draw_single(name, title, tokens, attention, predicts, length):
-    """Draw a model with one stack. `length` is the letter of its sequence length, S or T."""
+    """Draw a model with one stack. `length` is the letter for its sequence length, S or T."""
     figure, axis = diagram_axis(6.6, 8.6, (5.6, 7.4))
     axis.text(3.3, 0.15, tokens, ha="center", fontsize=9, family="monospace")
     arrow(axis, (3.3, 0.38), (3.3, 0.68), f"(B, {length}) ids")
@@ -339,7 +339,7 @@ def architecture_encoder_decoder():
     axis.text(8.2, right_top + 2.0, "the next token: seven", ha="center", fontsize=9,
               family="monospace")
     save(figure, "architecture_encoder_decoder",
-         "Encoder-decoder: every decoder layer attends to the encoder's last output")
+         "Encoder-decoder: every decoder layer attends to the encoder's output")
 
 
 # --- Numbers about the models ---------------------------------------------------------
@@ -385,7 +385,7 @@ def softmax_scaling():
     axis.set_xticks(widths, widths)
     axis.minorticks_off()
     axis.legend(frameon=False)
-    save(figure, "softmax_scaling", "Without 1/sqrt(K), wide heads give one key nearly all weight")
+    save(figure, "softmax_scaling", "Without 1/sqrt(K), wide heads attend almost only to one key")
 
 
 # --- Choosing tokens ------------------------------------------------------------------
@@ -445,7 +445,7 @@ def beam_search_tree(undertrained):
     axis.spines["left"].set_visible(False)
     verdict = "correct" if best == VOCABULARY.encode(words) + [EOS] else "wrong"
     save(figure, "beam_search_tree", f"Beam search, width 3, for {' '.join(digits)}: the thick "
-                                     f"path has the best score ({verdict})")
+                                     f"path has the best score ({verdict} answer)")
 
 
 # --- Training -------------------------------------------------------------------------
@@ -468,7 +468,7 @@ def learning_rate():
 
 
 def curves_of_last_run():
-    """Return the curves that train_all.py has written to runs/, or None without complete ones."""
+    """Return the curves that train_all.py has written to runs/, or None if they are incomplete."""
     curves = {name: {"loss": [], "exact match": []} for name in ARCHITECTURES}
     try:
         for file, column in (("steps.csv", "loss"), ("history.csv", "exact match")):
@@ -565,7 +565,7 @@ def cross_attention_alignment(models, origins):
                       color="white" if value < 0.6 else "black")
     axis.set_xticks(range(len(digits)), digits)
     axis.set_yticks(range(len(written)), VOCABULARY.decode(written))
-    axis.set(xlabel="key: source digit", ylabel="query, named by the predicted token")
+    axis.set(xlabel="key: source digit", ylabel="query, labeled with its prediction")
     figure.supxlabel(origins["encoder-decoder"], fontsize=7)
     figure.colorbar(image, label="weight")
     save(figure, "cross_attention_alignment",
@@ -587,7 +587,8 @@ def key_value_cache():
     axis.set(xlabel="tokens generated", ylabel="milliseconds (median of 3)", ylim=(0, None))
     axis.legend(frameon=False)
     saved = 1 - times[True][-1] / times[False][-1]
-    save(figure, "key_value_cache", f"At {lengths[-1]} tokens, the cache saves {saved:.0%} of time")
+    save(figure, "key_value_cache",
+         f"At {lengths[-1]} tokens, the cache saves {saved:.0%} of the time")
 
 
 @torch.no_grad()
@@ -616,14 +617,14 @@ def main():
     check_constants(globals())
     if not isinstance(SENTENCE, str) or not SENTENCE.split() \
             or not set(SENTENCE.split()) <= set(DIGITS):
-        raise InputError(f"SENTENCE={SENTENCE!r} must be digits and spaces: use '4 0 7'")
+        raise InputError(f"SENTENCE={SENTENCE!r} must be digits separated by spaces: use '4 0 7'")
     torch.set_num_threads(NUM_THREADS)
     try:  # fails before any training
         FIGURES.mkdir(exist_ok=True)
         (FIGURES / ".writable").touch()
         (FIGURES / ".writable").unlink()
     except OSError as error:
-        raise InputError(f"figures/ cannot be written ({error.strerror}): make the folder "
+        raise InputError(f"cannot write to figures/ ({error.strerror}): make the folder "
                          "writable, or remove the file of that name") from error
     models, origins, curves, undertrained = load_models()
     for draw in (positional_encoding_heatmap, positional_encoding_curves, positional_distance,

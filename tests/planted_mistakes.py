@@ -193,8 +193,8 @@ MISTAKES = [
     ),
     (
         "beams: width 1 continues after <EOS>",
-        "    if width == 1:  # argmax",
-        "    if False:  # argmax",
+        "    if width == 1:  # greedy",
+        "    if False:  # greedy",
     ),
     # masked language modeling
     (
@@ -226,8 +226,8 @@ MISTAKES = [
     ("mean of means in evaluate", "num_correct / num_labels", "num_correct / len(loader)"),
     (
         "gradients never zeroed",
-        "optimizer.zero_grad()  # backward() adds",
-        "pass  # backward() adds",
+        "optimizer.zero_grad()  # otherwise",
+        "pass  # otherwise",
     ),
     (
         "learning rate never warms up",
@@ -319,7 +319,7 @@ MISTAKES_IN_THE_GUIDE = [
         "| read its output next to section 8 | `python compare_architectures.py` | 15 |",
         "| read its output next to section 8 | `python compare_architectures.py` | 25 |",
     ),
-    ("lines of a file", "| 958 | 35 |", "| 719 | 25 |"),
+    ("lines of a file", "| 898 | 30 |", "| 719 | 25 |"),
     (
         "command that does not exist",
         "`python visualizations.py` | nineteen",

@@ -128,7 +128,7 @@ def test_stretches_marked_known_are_the_same_word_for_word(script):
         stretch = as_in(text[match.end() : end], earlier)
         before = as_in(source(earlier), earlier)
         for line in stretch.splitlines():
-            if line.strip() and not line.startswith("# ") and "# NEW in" not in line:
+            if line.strip() and not line.startswith("#") and "# NEW in" not in line:
                 assert line in before.splitlines(), line
                 found += 1
         if match[2] is None:

@@ -156,7 +156,7 @@ def test_the_comparison_runs_from_a_clean_checkout(script):
     assert done.stdout.count("no checkpoint at") == 3
     headings = re.findall(r"^(\d)[. ]", done.stdout, flags=re.MULTILINE)
     assert headings == [str(n) for n in range(1, 10)]
-    assert done.stdout.count("Measured and mask agree") == 4 and "DIFFER" not in done.stdout
+    assert done.stdout.count("The two agree") == 4 and "DIFFER" not in done.stdout
 
 
 def test_the_comparison_survives_odd_checkpoints_and_small_budgets(
@@ -289,7 +289,7 @@ def test_figures_that_cannot_be_written_are_reported_in_one_line(workplace):
     assert (
         done.returncode == 2
         and done.stderr.count("\n") == 1
-        and "figures/ cannot be written" in done.stderr
+        and "cannot write to figures/" in done.stderr
     )
 
 

@@ -373,7 +373,7 @@ def test_changed_code_starts_a_run_from_scratch(small):
         assert path.read_text().count(old) == 1
         path.write_text(path.read_text().replace(old, new))
         assert re.search(
-            r"other settings \(CODE \w+ -> \w+\): starting from scratch", start_and_kill_in_epoch(1)
+            r"different settings \(CODE \w+ -> \w+\): starting from scratch", start_and_kill_in_epoch(1)
         )
 
 
@@ -594,7 +594,7 @@ def test_the_profiler_writes_a_trace_and_names_five_operations(small):
     [
         ({"PRECISION": "float8"}, "PRECISION='float8'"),
         ({"PRECISION": "float16"}, "needs a CUDA device"),
-        ({"GRADIENT_CHECKPOINTING": 1}, "GRADIENT_CHECKPOINTING=1 is unknown"),
+        ({"GRADIENT_CHECKPOINTING": 1}, "GRADIENT_CHECKPOINTING=1 is invalid"),
         ({"NUM_THREADS": "two"}, "NUM_THREADS='two'"),
         ({"MIN_LEARNING_RATE": 1.0}, "MIN_LEARNING_RATE=1.0"),
         ({"ACCUMULATION_STEPS": 0}, "ACCUMULATION_STEPS=0"),
