@@ -105,7 +105,7 @@ second, _ = attention(q[:, 4:], k[:, 4:], v[:, 4:])
 same = torch.allclose(merge_heads(heads), torch.cat([first, second], dim=-1))
 print(f"  equal to two separate attentions, each on its own half: {same}")
 
-print("\n6. Learned projections: three matrices make a query, key, and value of a token's one vector")
+print("\n6. Learned projections: three matrices make a query, key, and value of each vector")
 
 
 def multi_head_attention(x, memory, projections, num_heads, mask=None):

@@ -93,7 +93,7 @@ def train(name, model, num_steps, warmup_steps=WARMUP_STEPS, num_sequences=None,
 
 
 def median_milliseconds(run, rounds=5):
-    """Return the median time of `run()` in milliseconds, after one warm-up call."""
+    """Return the median time of `run()` in milliseconds, after one call to warm up."""
     run()
     times = []
     for _ in range(rounds):

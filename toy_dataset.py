@@ -15,8 +15,8 @@ Each architecture gets the same sequence in its own format:
 
 Run it:     python toy_dataset.py        (about 3 seconds, nearly all of it importing torch)
 
-It prints the vocabulary, some samples, and the positions of a row that count in the loss. The last
-lines should be:
+It prints the vocabulary, some samples, and the positions of a row that count in the loss.
+The last lines should be:
 
     disjoint: 0 of 601 validation sequences occur in training
     <EOS> directly follows the last word in 4 of 4 rows

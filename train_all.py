@@ -409,7 +409,7 @@ def show_inference(device, done, num_examples=200):
     """Print the results of each saved model with each strategy.
 
     The models were not trained on these sequences, but the best epoch was selected on them. So the
-    comparison of strategies is fair, but the scores are slightly optimistic. For unbiased scores,
+    comparison of strategies is fair, but the scores are slightly too high. For unbiased scores,
     use a third set.
     """
     _, val_loader = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED, VALIDATION_SHARE)

@@ -372,9 +372,8 @@ def test_changed_code_starts_a_run_from_scratch(small):
     ):
         assert path.read_text().count(old) == 1
         path.write_text(path.read_text().replace(old, new))
-        assert re.search(
-            r"different settings \(CODE \w+ -> \w+\): starting from scratch", start_and_kill_in_epoch(1)
-        )
+        first = start_and_kill_in_epoch(1)
+        assert re.search(r"different settings \(CODE \w+ -> \w+\): starting from scratch", first)
 
 
 def test_a_run_killed_after_training_does_only_the_rest(small):
@@ -387,7 +386,8 @@ def test_a_run_killed_after_training_does_only_the_rest(small):
     process.kill()
     process.communicate()
     done = run(small)
-    assert done.stdout.splitlines()[0] == "resuming the unfinished run: 3 of 3 architectures trained"
+    first = done.stdout.splitlines()[0]
+    assert first == "resuming the unfinished run: 3 of 3 architectures trained"
     assert "epoch" not in done.stdout.split("Every strategy")[0].split("\n", 1)[1]
     assert len((small.folder / "runs" / "log.jsonl").read_text().splitlines()) == 1
 
