@@ -33,7 +33,7 @@ values = [[10.0, 0.0, 0.0], [0.0, 10.0, 0.0], [0.0, 0.0, 10.0]]
 # explains why it is divided by sqrt(K), where K = 2 is the size of the vectors.
 scores = [sum(q * k for q, k in zip(query, key)) / math.sqrt(len(query)) for key in keys]
 # The softmax turns scores into positive weights that sum to 1. Adding 1 to a score multiplies its
-# weight by e = 2.7, relative to the others.
+# weight, relative to the others, by e (about 2.7).
 exponentials = [math.exp(score) for score in scores]
 weights = [e / sum(exponentials) for e in exponentials]
 by_hand = [sum(w * value[i] for w, value in zip(weights, values)) for i in range(3)]
@@ -51,7 +51,7 @@ print(f"  weights, one row per query; the zero query attends to all keys equally
 print(f"  the first row equals stage 1: {torch.allclose(results[0], torch.tensor(by_hand))}")
 
 print("\n3. The mask. A model that predicts the next token must not see it, so token t\n"
-      "   attends to tokens 0 to t. This mask is called causal")
+      "   attends to tokens 0 to t. This mask is called causal.")
 
 
 def attention(queries, keys, values, mask=None):
@@ -70,7 +70,7 @@ same = masked_results[2].equal(results[2])
 print(f"  the last row, where nothing is masked, equals stage 2: {same}")
 
 print("\n4. Why divide by sqrt(K)? q.k is a sum of K products. If the entries are independent,\n"
-      "   with mean 0 and variance 1, the sum has variance K, and a typical size of sqrt(K)")
+      "   with mean 0 and variance 1, the sum has variance K and a typical size of sqrt(K).")
 for width in (4, 64, 1024):
     queries, keys = torch.randn(500, 1, width), torch.randn(500, 16, width)  # 16 keys per query
     print(f"  K = {width:4d}", end="")
@@ -89,7 +89,7 @@ print("\n5. Two heads: each uses half of a vector, so that a token can look for 
 
 
 def split_heads(x, num_heads):
-    """Split (..., T, D) into H heads, (..., H, T, K), with K = D / H of the numbers each."""
+    """Split (..., T, D) into H heads of K = D / H numbers each: (..., H, T, K)."""
     return x.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
 
 
@@ -103,9 +103,9 @@ heads, _ = attention(split_heads(q, 2), split_heads(k, 2), split_heads(v, 2))  #
 first, _ = attention(q[:, :4], k[:, :4], v[:, :4])
 second, _ = attention(q[:, 4:], k[:, 4:], v[:, 4:])
 same = torch.allclose(merge_heads(heads), torch.cat([first, second], dim=-1))
-print(f"  equal to two separate attentions, each on its own half: {same}")
+print(f"  equal to attention computed separately on each half: {same}")
 
-print("\n6. Learned projections: three matrices make a query, key, and value of each vector")
+print("\n6. Learned projections: three matrices make a query, key, and value from each vector")
 
 
 def multi_head_attention(x, memory, projections, num_heads, mask=None):

@@ -97,7 +97,7 @@ class TrainingState:
             part.load_state_dict(state[name])
 
     def add_epoch(self, row, num_steps, weights):
-        """Record an epoch of `num_steps` steps. If it is best, keep `weights` and return True."""
+        """Record an epoch of `num_steps` steps. If it is the best, keep `weights`, return True."""
         steps = self.record["steps"][-num_steps:]
         norms = [norm for _, _, _, norm, _ in steps if math.isfinite(norm)]
         row["learning_rate"] = steps[-1][1]

@@ -1,8 +1,8 @@
 """
 compare_architectures.py - measure which architecture suits which task, and why
 
-Every number in a table is measured in this run. Section 9 has none: it gives recommendations and
-names the sections that support them.
+Every number in a table is measured in this run. Section 9 measures nothing: it gives
+recommendations and names the sections that support them.
 
     1 Which token attends to which   change one input token, and see which outputs change
     2 What each is trained on        one row each: input, label, loss
@@ -69,7 +69,7 @@ NUM_THREADS = 1
 
 # --- Used by several sections ---------------------------------------------------------
 def loaders():
-    """Return the (training, validation) loaders that every section uses."""
+    """Return (training, validation) loaders with the same sequences and order on every call."""
     return create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED)
 
 
@@ -145,7 +145,7 @@ def show_influence(models):
     for name, why, inputs, changed, mask in cases:
         measured = influence(models[name], inputs, changed)  # (T, S)
         agree = "agree" if torch.equal(measured, mask) else "DIFFER"
-        print(f"  {name}: {why}. The two {agree}")
+        print(f"  {name}: {why}. Measurement and mask {agree}")
         print(f"    {'':8s}{'measured':{2 * mask.size(1) + 4}s}mask")
         for row, label in enumerate(VOCABULARY.decode(inputs[-1][0])):
             grids = [" ".join("#" if seen else "." for seen in grid[row].tolist())
@@ -368,7 +368,7 @@ def show_words_to_digits(models, digits, words):
 
 
 def show_longer_inputs(models):
-    print("  longer than in training (all but the first column), exact match on 100 sequences each")
+    print("  longer than in training (all but the first column): exact match on 100 inputs each")
     generator = torch.Generator().manual_seed(SEED)
     lengths = range(MAX_DIGITS, MAX_DIGITS + 4)
     print(f"    {'':16s} " + "".join(f"{f'{n} digits':>12s}" for n in lengths))
@@ -530,8 +530,8 @@ def show_padding_ablation():
     without_cross_padding_mask(model)
     train("encoder-decoder", model, ABLATION_STEPS)
     show("missing in training and generation", model)
-    print("  Without the mask, the answer for a row depends on its padding. A model that was "
-          "trained\n  without the mask relies on padding, and fails on shorter rows without it.")
+    print("  Without the mask, the answer for a row depends on its padding. A model trained so\n"
+          "  relies on padding, and fails on short rows that have none.")
 
 
 # --- 9. Choosing ----------------------------------------------------------------------

@@ -92,13 +92,13 @@ class KeyValueCache:
 
     Under a causal mask, later tokens do not change a token's key or value. So each step after the
     prompt sends only the newest token through the layers. The result is the same up to rounding.
-    The price is memory, 2 * D numbers per token and layer. Two layers take 1 KiB here, and 32 take
-    512 KiB in LLaMA 7B (D = 4096, 16 bits). It is allocated up front, because growing it with
-    torch.cat would copy everything in every step.
+    The price is memory, 2 * D numbers per token and layer. Per token, two layers take 1 KiB here,
+    and 32 take 512 KiB in LLaMA 7B (D = 4096, 16 bits). The cache is allocated up front, because
+    growing it with torch.cat would copy everything in every step.
     """
 
     def __init__(self, batch_size, attention, max_len):
-        weight = attention.w_k.weight  # for its device and precision
+        weight = attention.w_k.weight  # attention: its MultiHeadAttention
         shape = (batch_size, attention.num_heads, max_len, attention.head_dim)
         self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.empty_like(self.keys)
@@ -139,7 +139,7 @@ class PositionalEncoding(nn.Module):
 
     def forward(self, x, positions=None):  # NEW in decoder_only.py: positions
         """x (B, S, D) -> (B, S, D)"""
-        # --- NEW in decoder_only.py: positions (B, S), after left padding or cached tokens ---
+        # --- NEW in decoder_only.py: positions (B, S), needed with left padding or a cache ---
         if positions is not None:
             return x + self.table[positions]
         # --- end of what is new ---
@@ -291,7 +291,7 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
         probabilities = torch.softmax(ordered, -1)
         # subtle: a token stays if those *before* it sum to less than p. So the first always stays.
         before = probabilities.cumsum(-1) - probabilities
-        # In the order of the vocabulary again:
+        # Back in vocabulary order:
         keep = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before < top_p)
         logits = logits.masked_fill(~keep, -math.inf)
     return logits
@@ -301,7 +301,7 @@ def choose_next_token(logits, written, temperature=0.0, top_k=None, top_p=None,
                       repetition_penalty=1.0, generator=None):
     """Return the next ids (B,), given their logits (B, V) and the ids generated so far (B, n).
 
-    Temperature 0 is greedy: it takes the most likely token; top_k and top_p need a temperature. A
+    Temperature 0 is greedy: it takes the most likely token; top_k and top_p need one above 0. A
     repetition_penalty above 1 lowers the probability of already generated tokens (Keskar et al.
     2019, CTRL, section 4.1).
     """
@@ -317,7 +317,7 @@ def choose_next_token(logits, written, temperature=0.0, top_k=None, top_p=None,
 
 
 def cut_after(ids, stop_at):
-    """Return `ids` up to and including the first `stop_at`, or all of it if there is none."""
+    """Return `ids` up to and including the first `stop_at`, or all of them if there is none."""
     return ids[:ids.index(stop_at) + 1] if stop_at in ids else ids
 
 
@@ -346,11 +346,11 @@ class DecoderOnlyTransformer(nn.Module):
         self.final_norm = nn.LayerNorm(d_model)  # pre-norm leaves the last sum unnormalized
         self.output = nn.Linear(d_model, vocab_size, bias=False)
         # Tied weights, small for the output and scaled for the input, as in encoder_only.py.
-        # (Without the factor sqrt(D), 8 epochs end at 4-13% exact match, SEED 0-2.) A logit sums D
+        # (Without the factor sqrt(D), training ends at 4-13% exact match, SEED 0-2.) A logit sums D
         # products of a normalized vector with these weights, so its standard deviation is
         # sqrt(64) * 0.02 = 0.16, and the first loss is close to ln V = 3.26. With nn.Embedding's
-        # default std of 1.0, each token's own logit is about 64, so the untrained model predicts
-        # that the current token repeats, and the first loss is close to 60.
+        # default std of 1.0, the logit of the input token is about D = 64: its vector, kept by the
+        # residuals, times itself. So the model predicts that it repeats, at a loss close to 60.
         self.output.weight = self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.embedding_scale = math.sqrt(d_model)
@@ -403,7 +403,7 @@ class DecoderOnlyTransformer(nn.Module):
         after their prompts. Positions are counted from the first real token of each row:
 
             column       0     1     2     3      4      5      6
-            tokens     <PAD> <PAD>   9   <SEP>  nine   <EOS>    ?         ? is cut off at the end
+            tokens     <PAD> <PAD>   9   <SEP>  nine   <EOS>    ?       (? is cut off at the end)
                          4     0     7   <SEP>  four   zero   seven
             positions    0     0     0     1      2      3      4
                          0     1     2     3      4      5      6
@@ -456,7 +456,7 @@ class DecoderOnlyTransformer(nn.Module):
 def translate(model, sequences, **options):
     """Translate lists of digits into lists of words by continuing `4 0 7 <SEP>`.
 
-    options: see `generate`. The limit is the longest answer, <EOS>, and one more token.
+    options: see `generate`. The limit allows the longest answer, <EOS>, and one spare token.
     """
     check_sequences(sequences)
     prompts = [VOCABULARY.encode([*digits, "<SEP>"]) for digits in sequences]
@@ -471,8 +471,8 @@ def predict(model, batch):
         pair           4   0   7   <SEP>   four   zero    seven
         pair_labels    .   .   .   four    zero   seven   <EOS>      . = IGNORE_INDEX
 
-    The inputs are the correct tokens, whatever the model predicts (teacher forcing). Each label is
-    the input of the next column, which the causal mask hides, so one pass trains all columns.
+    The inputs are the correct tokens, whatever the model predicts (teacher forcing). The causal
+    mask hides later inputs, and with them the labels, so one pass trains all labeled columns.
     `collate_fn` in toy_dataset.py has already shifted the labels. Do not shift them again here.
     """
     return model(batch["pair"]), batch["pair_labels"]  # (B, T, V), (B, T)
@@ -707,7 +707,7 @@ def main():
         print(f"  epoch {epoch:2d}   train loss {train_loss:.4f}   "
               f"validation loss {result['loss']:.4f}   exact match {result['exact_match']:6.1%}")
         if epoch == 1:
-            undertrained = copy.deepcopy(model)  # still uncertain: its learning rate is at its peak
+            undertrained = copy.deepcopy(model)  # still uncertain, with a high learning rate
     save_model(model, CHECKPOINTS / "decoder_only.pt")
 
     print("\n2. What each filter leaves of a distribution (after epoch 1, most uncertain position)")

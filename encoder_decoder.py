@@ -13,11 +13,11 @@ Text-to-Text Transformer", T5).
     [ self-attention,   ]             [ causal self-attention,     ]
     [ feed-forward      ]             [ cross-attention,           ]
               |                       [ feed-forward               ]
-              +---- memory ---------->  |     |     |     |
-                                      four  zero seven <EOS>          predictions
+              + memory: goes to         |     |     |     |
+                cross-attention       four  zero seven <EOS>          predictions
 
-    memory: the last encoder layer's output. The cross-attention of every decoder layer attends to
-    it, with queries from the target, keys and values from the memory.
+    memory: the encoder's output. Every decoder layer attends to it by cross-attention, with queries
+    from the target, and keys and values from the memory.
 
 What it learns here: to read `4 0 7` and write `four zero seven <EOS>`. New here: cross-attention
 and beam search. Positions start at 0 in both source and target.
@@ -73,7 +73,7 @@ CLIP_NORM = 1.0          # maximum norm of the gradient
 NUM_EPOCHS = 6           # passes over the training data, 85 steps each. Try 1: 99.8-100%.
 # Generation
 BEAM_WIDTH = 3           # partial answers that beam search keeps; 1 is greedy
-LENGTH_PENALTY = 1.0     # compares means of log-probabilities; 0.0: sums, which favor short answers
+LENGTH_PENALTY = 1.0     # 1.0 compares mean log-probabilities; 0.0 sums, which favor short answers
 # The run
 SEED = 0                 # weights and data
 DEVICE = "cpu"           # or "cuda", "mps"; the numbers in this file were measured on a CPU
@@ -102,13 +102,13 @@ class KeyValueCache:
 
     Under a causal mask, later tokens do not change a token's key or value. So each step after the
     prompt sends only the newest token through the layers. The result is the same up to rounding.
-    The price is memory, 2 * D numbers per token and layer. Two layers take 1 KiB here, and 32 take
-    512 KiB in LLaMA 7B (D = 4096, 16 bits). It is allocated up front, because growing it with
-    torch.cat would copy everything in every step.
+    The price is memory, 2 * D numbers per token and layer. Per token, two layers take 1 KiB here,
+    and 32 take 512 KiB in LLaMA 7B (D = 4096, 16 bits). The cache is allocated up front, because
+    growing it with torch.cat would copy everything in every step.
     """
 
     def __init__(self, batch_size, attention, max_len):
-        weight = attention.w_k.weight  # for its device and precision
+        weight = attention.w_k.weight  # attention: its MultiHeadAttention
         shape = (batch_size, attention.num_heads, max_len, attention.head_dim)
         self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.empty_like(self.keys)
@@ -124,7 +124,7 @@ class KeyValueCache:
 
     # --- NEW in encoder_decoder.py: beam search ---
     def reorder(self, rows):
-        """Replace each row i with a copy of row rows[i]: a hypothesis takes its parent's cache."""
+        """Replace each row i with a copy of row rows[i]. (Why: see BEAM SEARCH in section 3.)"""
         self.keys[:, :, :self.length] = self.keys[rows, :, :self.length]
         self.values[:, :, :self.length] = self.values[rows, :, :self.length]
     # --- end of what is new ---
@@ -153,7 +153,7 @@ class PositionalEncoding(nn.Module):
 
     def forward(self, x, positions=None):  # NEW in decoder_only.py: positions
         """x (B, S, D) -> (B, S, D)"""
-        # --- NEW in decoder_only.py: positions (B, S), after left padding or cached tokens ---
+        # --- NEW in decoder_only.py: positions (B, S), needed with left padding or a cache ---
         if positions is not None:
             return x + self.table[positions]
         # --- end of what is new ---
@@ -310,8 +310,8 @@ class DecoderLayer(nn.Module):
                 memory_cache=None):  # NEW in encoder_decoder.py: memory_cache
         """x (B, T, D), memory (B, S, D), masks as in `attention` -> (B, T, D) and (B, H, T, S)
 
-        The weights are those of cross-attention. With caches, x holds only the new tokens, and
-        memory is empty after the first step.
+        The weights are those of cross-attention. With caches, x holds only the new tokens. After
+        the first step, memory is empty: its keys and values are in memory_cache.
         """
         normalized = self.norm1(x)
         attended, weights = self.self_attention(normalized, normalized, mask, cache)
@@ -328,7 +328,7 @@ class DecoderLayer(nn.Module):
 
 
 # --- 2. Choosing a token --------------------------------------------------------------
-# KNOWN from decoder_only.py. Continue reading at `Hypothesis`.
+# KNOWN from decoder_only.py. Section 3 begins after it: continue reading at `Hypothesis`.
 def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
     """Return logits (B, V) with -inf for every excluded token.
 
@@ -353,7 +353,7 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
         probabilities = torch.softmax(ordered, -1)
         # subtle: a token stays if those *before* it sum to less than p. So the first always stays.
         before = probabilities.cumsum(-1) - probabilities
-        # In the order of the vocabulary again:
+        # Back in vocabulary order:
         keep = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before < top_p)
         logits = logits.masked_fill(~keep, -math.inf)
     return logits
@@ -363,7 +363,7 @@ def choose_next_token(logits, written, temperature=0.0, top_k=None, top_p=None,
                       repetition_penalty=1.0, generator=None):
     """Return the next ids (B,), given their logits (B, V) and the ids generated so far (B, n).
 
-    Temperature 0 is greedy: it takes the most likely token; top_k and top_p need a temperature. A
+    Temperature 0 is greedy: it takes the most likely token; top_k and top_p need one above 0. A
     repetition_penalty above 1 lowers the probability of already generated tokens (Keskar et al.
     2019, CTRL, section 4.1).
     """
@@ -379,13 +379,13 @@ def choose_next_token(logits, written, temperature=0.0, top_k=None, top_p=None,
 
 
 def cut_after(ids, stop_at):
-    """Return `ids` up to and including the first `stop_at`, or all of it if there is none."""
+    """Return `ids` up to and including the first `stop_at`, or all of them if there is none."""
     return ids[:ids.index(stop_at) + 1] if stop_at in ids else ids
 
 
 # --- 3. The model, and beam search (the heart of this file) ---------------------------
 # BEAM SEARCH. Greedy generation cannot revise a token. Beam search keeps the W best unfinished
-# hypotheses, so it can find an answer whose first token was not the most likely one. In this
+# answers (hypotheses), so it can find one whose first token was not the most likely. In this
 # example, W = 2 and the tokens are a, b, and <EOS>. The numbers are sums of log-probabilities:
 #
 #     step 1    a -0.5     b -1.2     <EOS> -2.4
@@ -405,9 +405,9 @@ def cut_after(ids, stop_at):
 #
 # Why the best 2W? At most W of them end, one per hypothesis, so at least W are unfinished. With
 # W = 1, `best_candidates` takes only the best one, so the search is greedy. If the beam can hold
-# every hypothesis, it is exhaustive.
+# every hypothesis, the search is exhaustive.
 class Hypothesis(NamedTuple):
-    """An answer from beam search. `tokens` has no <SOS>; it ends in <EOS> if that was predicted."""
+    """A finished answer. `tokens` has no <SOS>; it ends in <EOS> if that was predicted."""
     score: float
     log_probability: float  # in nats
     tokens: list
@@ -421,7 +421,7 @@ def best_candidates(sums, logits, width):
     returns only the candidate that greedy generation takes, (B, 1).
     """
     log_p = torch.log_softmax(logits, -1)  # (B*W, V)
-    if width == 1:  # greedy: with a second candidate, a row would continue after its <EOS>
+    if width == 1:  # greedy: with a second candidate, the search would go on with it after <EOS>
         token = logits.argmax(-1, keepdim=True)  # (B, 1)
         return sums + log_p.gather(1, token), torch.zeros_like(token), token
     totals = (sums[:, :, None] + log_p.view(*sums.shape, -1)).flatten(1)  # (B, W*V)
@@ -434,9 +434,9 @@ class EncoderDecoderTransformer(nn.Module):
     """An encoder and a decoder that predicts the next token at every target position.
 
     Differs from T5 (Raffel et al. 2020): sinusoidal positions, added once, instead of learned
-    relative ones in self-attention; norms and linear layers have a bias; scores are divided by
-    sqrt(K), which T5 builds into its initial weights; embeddings are scaled at the input, not at
-    the output; GELU instead of ReLU; <SOS> instead of <PAD> to start; no <EOS> on the source.
+    relative ones in self-attention; norms and linear layers in the stacks have a bias; scores are
+    divided by sqrt(K), which T5 builds into its initial weights; embeddings are scaled at the
+    input, not at the output; GELU instead of ReLU; <SOS> starts, not <PAD>; no <EOS> on the source.
     """
 
     def __init__(self, vocab_size=len(VOCABULARY), d_model=64, num_heads=4, num_layers=2, d_ff=256,
@@ -459,7 +459,7 @@ class EncoderDecoderTransformer(nn.Module):
         self.final_norm = nn.LayerNorm(d_model)
         self.output = nn.Linear(d_model, vocab_size, bias=False)
         # Tied weights, small for the output and scaled for the input, as in encoder_only.py.
-        # (Without the factor sqrt(D), 6 epochs end at 0.0-0.2% exact match, SEED 0-2.)
+        # (Without the factor sqrt(D), training ends at 0.0-0.2% exact match, SEED 0-2.)
         self.output.weight = self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.embedding_scale = math.sqrt(d_model)
@@ -492,7 +492,7 @@ class EncoderDecoderTransformer(nn.Module):
 
         memory_mask  (B, 1, 1, S); masks the source's padding, in training and in generation
         positions    (1, T); None: those of `positions_of`, plus the number of cached tokens
-        caches       from `new_caches`; `tokens` then has only the new tokens
+        caches       a pair per layer, from `new_caches`; `tokens` then has only the new tokens
         """
         past = caches[0][0].length if caches else 0
         new = tokens.size(1)
@@ -579,9 +579,9 @@ class EncoderDecoderTransformer(nn.Module):
         """For each source (a list of ids), return at most `beam_width` hypotheses, best first.
 
         The search stops as soon as no unfinished hypothesis can beat the best finished one, so the
-        others may not be the best possible. What is unfinished after `max_new_tokens` counts as
-        finished. trace: a list that receives, for each step of the first source's search, the
-        finished and the kept candidates as (tokens, new token, sum, finished).
+        answers after the first may not be the best possible. What is unfinished after
+        `max_new_tokens` counts as finished. trace: a list that receives, for each step of the first
+        source's search, the finished and kept candidates as (tokens, new token, sum, finished).
         """
         check_arguments(beam_width=beam_width, length_penalty=length_penalty,
                         max_new_tokens=max_new_tokens)
@@ -633,11 +633,11 @@ class EncoderDecoderTransformer(nn.Module):
                 for self_cache, _ in caches:
                     self_cache.reorder(rows)
 
-                # 4. Stop if no unfinished hypothesis can win. A negative sum never rises, and the
-                #    longest answer divides it by the most: sum / max_new_tokens ** length_penalty.
+                # 4. Stop if no unfinished hypothesis can win. A negative sum never rises, and its
+                #    divisor is largest at the limit: sum / max_new_tokens ** length_penalty.
                 possible = kept_sums / max_new_tokens ** length_penalty  # (B, W)
                 done = (possible <= best_score).all(1, keepdim=True)  # (B, 1)
-                sums = kept_sums.masked_fill(done, -math.inf)  # a source that is done adds no more
+                sums = kept_sums.masked_fill(done, -math.inf)  # finished sources add no answers
                 if done.all():
                     break
         return [sorted(answers, key=lambda answer: answer.score, reverse=True)[:width]
@@ -656,8 +656,8 @@ class EncoderDecoderTransformer(nn.Module):
 def translate(model, sequences, beam_width=None, **options):
     """Translate lists of digits into lists of words. With a beam_width, it uses `beam_search`.
 
-    options: see `generate` or `beam_search`. The limit is the longest answer, <EOS>, and one more
-    token.
+    options: see `generate` or `beam_search`. The limit allows the longest answer, <EOS>, and one
+    spare token.
     """
     check_sequences(sequences)
     sources = [VOCABULARY.encode(digits) for digits in sequences]
@@ -860,7 +860,7 @@ def main():
         print(f"  epoch {epoch:2d}   train loss {train_loss:.4f}   "
               f"validation loss {result['loss']:.4f}   exact match {result['exact_match']:6.1%}")
         if epoch == 1:
-            undertrained = copy.deepcopy(model)  # still uncertain: its learning rate is at its peak
+            undertrained = copy.deepcopy(model)  # still uncertain, with a high learning rate
     save_model(model, CHECKPOINTS / "encoder_decoder.pt")
     examples = result["examples"]
 

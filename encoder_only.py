@@ -227,8 +227,8 @@ class EncoderOnlyTransformer(nn.Module):
 
     Differs from Devlin et al. 2019: pre-norm instead of post-norm; sinusoidal positions instead of
     learned ones; the embedding is scaled and not normalized; no vector that marks the two sides
-    (<SEP> separates them); no training on whether two texts follow each other (Liu et al. 2019,
-    RoBERTa, found that it does not help); no extra dense layer before the output.
+    (<SEP> separates them); no next-sentence prediction (Liu et al. 2019, RoBERTa, found that it
+    does not help); no extra dense layer before the output.
     """
 
     def __init__(self, vocab_size=len(VOCABULARY), d_model=64, num_heads=4, num_layers=2, d_ff=256,
@@ -248,9 +248,9 @@ class EncoderOnlyTransformer(nn.Module):
         self.output = nn.Linear(d_model, vocab_size)
         # Tied weights (Press and Wolf 2017): input and output share one matrix, which saves V * D
         # parameters. The output needs small weights: with std 0.02, the first loss is close to
-        # ln V = 3.26, that of a uniform guess. As the input, 0.02 is tiny next to the positions
+        # ln V = 3.26, that of a uniform guess. At the input, 0.02 is tiny next to the positions
         # (0.7 rms), so `encode` multiplies it by sqrt(D) = 8 (Vaswani et al. 2017, section 3.4).
-        # Without this factor, 8 epochs end at 0.0-0.2% exact match (SEED 0-2).
+        # Without this factor, training ends at 0.0-0.2% exact match (SEED 0-2).
         self.output.weight = self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.zeros_(self.output.bias)
@@ -296,7 +296,7 @@ def mask_tokens(tokens, mask_share=0.8, random_share=0.1, min_rate=0.15, generat
 
         4 0 7 <SEP> four   zero  seven     original
         4 0 7 <SEP> <MASK> three seven     corrupted: masked, random, unchanged
-        . . .   .   four   zero  seven     labels; . is IGNORE_INDEX, which is not in the loss
+        . . .   .   four   zero  seven     labels; . is IGNORE_INDEX, which the loss ignores
 
     Why not always <MASK>? Devlin et al. answer that <MASK> never appears in fine-tuning, so the
     model should not rely on it. Here, the mix does not help: fine-tuning ends at 91.2-97.5% with
@@ -626,7 +626,7 @@ def main():
     save_model(model, CHECKPOINTS / "encoder_only.pt")
 
     print("\n2. Fine-tuning: do the words match the digits? (A guess is correct half the time.)\n"
-          "   The model from scratch trains on this task for as many steps as both together")
+          "   The model from scratch trains for as many steps as pretraining plus fine-tuning")
     untrained = EncoderOnlyTransformer(**model.arguments).to(device)
     settings = (FINETUNE_LEARNING_RATE, WARMUP_STEPS, CLIP_NORM)
     pretrained = fine_tune(model, train_loader, val_loader, FINETUNE_EPOCHS, *settings)

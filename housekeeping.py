@@ -1,11 +1,11 @@
 """
 housekeeping.py - checks, checkpoints, and running a script
 
-Nothing in this file is about transformers. Skip it on a first reading. All scripts use it:
+Nothing in this file is about transformers. Skip it on a first reading. Most scripts use it:
 
     check_constants, check_arguments    compare values with one table of rules
     save_model, load_checkpoint         write files that a crash cannot corrupt, and load them
-    run_script                          print one line for a mistake in the input, or a traceback
+    run_script                          print one line for an input error, a traceback for others
 """
 import contextlib
 import hashlib
@@ -135,7 +135,7 @@ def check_constants(constants):
                          "sum to more than 1: use 0.8 and 0.1")
     if get("MIN_LEARNING_RATE", 0) > get("LEARNING_RATE", math.inf):
         raise InputError(f"MIN_LEARNING_RATE={get('MIN_LEARNING_RATE')} is above "
-                         f"LEARNING_RATE={get('LEARNING_RATE')}: lower it")
+                         f"LEARNING_RATE={get('LEARNING_RATE')}: use less")
     device = choose_device(get("DEVICE", "cpu"))
     if get("PRECISION") == "float16" and device.type != "cuda":
         raise InputError("PRECISION='float16' needs a CUDA device, but DEVICE is "
@@ -335,7 +335,7 @@ def run_script(main, answer=None):
     """Call `main()`, or `answer(words)` if words follow the script's name on the command line.
 
     InputError prints one line and exits with code 2; Ctrl-C prints one line and exits with 130.
-    Other exceptions keep their traceback, because they come from code that a reader has changed.
+    Others keep their traceback (except BrokenPipeError): they come from code that a reader changed.
     """
     words = sys.argv[1:]
     try:

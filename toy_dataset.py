@@ -5,7 +5,7 @@ THE TASK.  Read digits, write words:   4 0 7  ->  four zero seven
 
 The task is easy on purpose: if something goes wrong, the fault is in the model or its input. Still,
 the model must attend to the correct digit (attention, positions), ignore the padding of shorter
-rows (masks), and, unless its length is given, learn when to stop (<EOS>).
+rows (masks), and, unless the output length is given, learn when to stop (<EOS>).
 
 Each architecture gets the same sequence in its own format:
 
@@ -23,7 +23,7 @@ The last lines should be:
 
 READING ORDER   vocabulary -> sequences -> dataset -> collate_fn (the heart of this file) -> loaders
 
-TERMS that this file uses; the models explain them in full:
+TERMS that this file uses; the model scripts explain them in full:
   attention        how a position gets information: its *query* is compared with the *key* of each
                    position that it may attend to, and the result is a weighted average of their
                    *values* (see attention_by_hand.py)
@@ -291,7 +291,7 @@ def create_dataloaders(num_samples=6000, max_digits=5, batch_size=64, seed=0, va
                          f"sequences: use {len(training)} or less, or raise "
                          f"NUM_SAMPLES={num_samples}")
     # subtle: the validation loader needs a generator too: even an unshuffled pass draws a seed.
-    # Without one, it comes from torch's global generator, so evaluation changes the training.
+    # Without one, the seed comes from torch's global generator, so evaluation changes training.
     train_loader = DataLoader(Subset(dataset, training), batch_size, shuffle=True,
                               collate_fn=collate_fn, generator=torch.Generator().manual_seed(seed))
     val_loader = DataLoader(Subset(dataset, validation), 4 * batch_size, collate_fn=collate_fn,
@@ -383,7 +383,7 @@ def main():
     print("\nThe same row as the decoder-only model gets it: only the answer counts")
     print_label_table(batch["pair"][row], batch["pair_labels"][row])
     print("\nWhat each position of decoder_input may attend to (# yes, . no). "
-          "Rows are queries, columns are keys")
+          "Rows are queries; columns are keys.")
     print_masks(batch, row)
     print("  <PAD> is masked as a key, never as a query: its own outputs are computed and ignored.")
 

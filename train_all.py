@@ -252,7 +252,7 @@ def fused_attention(queries, keys, values, mask=None, dropout=0.0):
 
 
 def use_fused_attention(model):
-    """Make every attention in `model` use PyTorch's fused kernel. Returns the model."""
+    """Make every attention module in `model` use PyTorch's fused kernel. Returns the model."""
     for module in model.modules():
         if hasattr(module, "formula"):
             module.formula = fused_attention

@@ -4,8 +4,8 @@ visualizations.py - draw figures that explain transformers, with the collection'
 Run it:     python visualizations.py        (about 20 seconds on one CPU core)
 
 It writes PNG files to figures/. Each title states the main point of its figure. The models come
-from checkpoints/, the learning curves from runs/. Small models are trained where they are missing,
-and for the figures on generation, in about five seconds each.
+from checkpoints/, the learning curves from runs/. Where these are missing, and for the figures on
+generation, small models are trained (about five seconds each).
 
 READING ORDER   style -> models -> one function per figure, named after its file -> main
 """
@@ -249,7 +249,7 @@ SOFT = {"norm": "#F2F2F2", "attention": "#CFE5F5", "cross": "#FBE3B8", "ff": "#C
 
 
 def draw_stack(axis, x, bottom, sublayers, shape):
-    """Draw a pre-norm layer, with a residual around each norm and sublayer. Returns its top."""
+    """Draw a pre-norm layer, with a residual around each norm and sublayer. Returns the next y."""
     y = bottom
     for text, color in sublayers:
         box(axis, x, y + 0.55, "layer norm", SOFT["norm"])
@@ -613,6 +613,57 @@ def embedding_similarity(models, origins):
          f"Mean similarity of a digit and its word: {own[0]:+.2f} before, {own[1]:+.2f} after")
 
 
+# --- The front page -------------------------------------------------------------------
+def draw_links(axis, title, inputs, outputs, allowed, weights, color):
+    """Draw links from inputs (below) to outputs (above): thin = may attend, thick = attends."""
+    for t, output in enumerate(outputs):
+        for s in range(len(inputs)):
+            if allowed[t][s]:
+                axis.plot([s, t + len(inputs) - len(outputs)], [0.12, 0.88], color=GRAY,
+                          linewidth=0.6, zorder=0)
+            if weights[t][s] > 0.05:
+                axis.plot([s, t + len(inputs) - len(outputs)], [0.12, 0.88], color=color,
+                          linewidth=7 * weights[t][s], alpha=0.8, solid_capstyle="round")
+        axis.text(t + len(inputs) - len(outputs), 1, output, ha="center", va="center",
+                  fontsize=11 if "<" in output else 14)
+    for s, token in enumerate(inputs):
+        axis.text(s, 0, token, ha="center", va="center", fontsize=11 if "<" in token else 14)
+    axis.set(xlim=(-0.6, len(inputs) - 0.4), ylim=(-0.1, 1.08))
+    axis.set_title(title, fontsize=17)
+    axis.axis("off")
+
+
+@torch.inference_mode()
+def three_models(models):
+    digits, n = ["4", "0", "7"], 3
+    weights = attention_weights(models, digits)
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.4))
+    # For each model, take the head in which the query for word i attends most to digit i.
+    for axis, name, first, title, color in (
+            (axes[0], "encoder-only", n + 1, "encoder-only (BERT)", BLUE),
+            (axes[1], "decoder-only", n, "decoder-only (GPT)", GREEN)):
+        heads, _, inputs = weights[name]
+        heads = heads.flatten(0, 1)[:, first:]  # (layers * H, queries that predict, S)
+        best = heads[heads[:, :n, :n].diagonal(dim1=-2, dim2=-1).mean(-1).argmax()]
+        allowed = torch.ones_like(best) if name == "encoder-only" else \
+            decoder_only.causal_mask(len(best), len(inputs))[0, 0]
+        outputs = encoder_only.translate(models[name], [digits])[0] if name == "encoder-only" else \
+            [*decoder_only.translate(models[name], [digits])[0], "<EOS>"]
+        draw_links(axis, title, inputs, outputs, allowed.tolist(), best.tolist(), color)
+    written, heads = encoder_decoder.cross_attention(models["encoder-decoder"], digits)
+    heads = heads.flatten(0, 1)  # (layers * H, T, S)
+    best = heads[heads[:, :n].diagonal(dim1=-2, dim2=-1).mean(-1).argmax()]
+    outputs = VOCABULARY.decode(written)
+    inputs = [*digits, "<SOS>", *outputs[:-1]]
+    allowed = torch.cat([torch.ones_like(best), decoder_only.causal_mask(len(best), len(best))
+                         [0, 0].float()], dim=1)
+    weights = F.pad(best, (0, len(best)))  # no weights are drawn within the target
+    draw_links(axes[2], "encoder-decoder (T5)", inputs, outputs, allowed.tolist(), weights.tolist(),
+               RED)
+    save(figure, "three_models", "4 0 7 in three trained models. Thin lines: which token may attend"
+                                 " to which. Thick lines: what one head attends to")
+
+
 def main():
     check_constants(globals())
     if not isinstance(SENTENCE, str) or not SENTENCE.split() \
@@ -638,6 +689,7 @@ def main():
     attention_figures(models, origins)
     cross_attention_alignment(models, origins)
     embedding_similarity(models, origins)
+    three_models(models)
     print(f"{len(list(FIGURES.glob('*.png')))} figures in figures/")
 
 

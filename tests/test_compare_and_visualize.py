@@ -156,7 +156,7 @@ def test_the_comparison_runs_from_a_clean_checkout(script):
     assert done.stdout.count("no checkpoint at") == 3
     headings = re.findall(r"^(\d)[. ]", done.stdout, flags=re.MULTILINE)
     assert headings == [str(n) for n in range(1, 10)]
-    assert done.stdout.count("The two agree") == 4 and "DIFFER" not in done.stdout
+    assert done.stdout.count("Measurement and mask agree") == 4 and "DIFFER" not in done.stdout
 
 
 def test_the_comparison_survives_odd_checkpoints_and_small_budgets(

@@ -441,7 +441,7 @@ def test_numbers_in_the_text_match_the_code():
     }
     scripts = "".join((ROOT / f"{script}.py").read_text(encoding="utf-8") for script in SCRIPTS)
     unscaled = re.findall(
-        r"\d epochs end at ([\d.]+)(?:-([\d.]+))?%", re.sub(r"[\s#]+", " ", scripts)
+        r"training ends at ([\d.]+)(?:-([\d.]+))?%", re.sub(r"[\s#]+", " ", scripts)
     )
     highest = max(float(figure) for pair in unscaled for figure in pair if figure)
     for expected in (
