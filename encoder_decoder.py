@@ -171,8 +171,8 @@ def attention(queries, keys, values, mask=None, dropout=0.0):
         with the third key masked:    weights  0.88  0.12  0.00
 
     Why divide by sqrt(K)? q.k is a sum of K products. If the entries are independent with mean 0
-    and variance 1, the sum has variance K. The softmax of such large scores is almost one-hot, and
-    its gradient is almost zero (attention_by_hand.py, stage 4).
+    and variance 1, the sum has variance K, so a typical size of sqrt(K). The softmax of such large
+    scores puts almost all weight on one key, and its gradient is almost 0 (attention_by_hand.py).
     """
     scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.size(-1))  # (B, H, T, S)
     if mask is not None:
@@ -191,7 +191,7 @@ class MultiHeadAttention(nn.Module):
     Queries are computed from x; keys and values are computed from memory, which is x itself in
     self-attention and another sequence in cross-attention (encoder_decoder.py). A query describes
     what a position looks for, a key what it offers, and a value the content that it passes on.
-    H heads cost as much as one head of D dimensions. w_o mixes their results.
+    H heads have as many parameters as one head of D dimensions. w_o mixes their results.
     """
 
     def __init__(self, d_model, num_heads, dropout=0.0):
@@ -687,9 +687,9 @@ def predict(model, batch):
 def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
     """Return the factor for the learning rate at `step`: linear warmup, then cosine decay.
 
-    Warmup (Vaswani et al. 2017, section 5.3) keeps the steps small while Adam's averages are based
-    on few gradients (Liu et al. 2020, RAdam). Decay (Loshchilov and Hutter 2017) lets the model get
-    closer to a minimum.
+    Adam divides an average of the gradients by one of their size. Warmup (Vaswani et al. 2017,
+    section 5.3) keeps the steps small while these averages are based on few gradients (Liu et al.
+    2020, RAdam). Decay (Loshchilov and Hutter 2017) lets the model get closer to a minimum.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps  # never 0, which would waste the first step
@@ -727,7 +727,7 @@ def train_epoch(model, loader, optimizer, scheduler, clip_norm, loss_function=co
         check_finite(loss.item(), scheduler.last_epoch)  # which is the step, despite its name
         optimizer.zero_grad()  # otherwise backward() adds to the gradients of the previous step
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # keeps the direction
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # shortens, keeps the direction
         optimizer.step()
         scheduler.step()
         total += loss.item()
@@ -748,7 +748,7 @@ def evaluate(model, loader):
     loss_sum, num_correct, num_labels, examples = 0.0, 0, 0, []
     for batch in loader:
         logits, labels = predict(model, to_device(batch, device))
-        counts = labels != IGNORE_INDEX  # (B, T): which labels count
+        counts = labels != IGNORE_INDEX  # which labels count
         # subtle: sum and divide once. A mean of means gives a small last batch too much weight.
         loss_sum += F.cross_entropy(logits[counts], labels[counts], reduction="sum").item()
         num_correct += (logits.argmax(-1) == labels)[counts].sum().item()

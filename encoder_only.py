@@ -1,10 +1,10 @@
 """
-encoder_only.py - the BERT family: predict masked tokens from the tokens on both sides
+encoder_only.py - the BERT family: predict masked tokens from the tokens before and after them
 
 THE IDEA.  Replace some tokens of a text with <MASK> and train a model to predict them from the
-tokens on *both* sides. To predict them well, the model must use the rest of the text. It can then
-be fine-tuned for other tasks with a small layer on top (Devlin et al. 2019, "BERT: Pre-training of
-Deep Bidirectional Transformers for Language Understanding").
+tokens before *and* after them. To do this well, the model must use the rest of the text. It can
+then be fine-tuned (trained further) for other tasks, with a small layer on top (Devlin et al. 2019,
+"BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding").
 
     4   0   7 <SEP> four <MASK> seven          tokens, one of them masked
     |   |   |   |    |     |      |
@@ -64,7 +64,7 @@ DROPOUT = 0.0            # fraction of activations set to 0 in training. Try 0.3
 # The task
 NUM_SAMPLES = 6000       # distinct sequences, training plus validation
 MAX_DIGITS = 5           # longest sequence
-MIN_MASKING_RATE = 0.15  # a fraction of one side is selected, between this and 1 (BERT: 0.15)
+MIN_MASKING_RATE = 0.15  # lowest fraction of a row's digits, or words, that is selected
 MASK_SHARE = 0.8         # fraction of the selected tokens that become <MASK>
 RANDOM_SHARE = 0.1       # fraction that become a random token; the rest are unchanged
 # The training
@@ -120,8 +120,8 @@ def attention(queries, keys, values, mask=None, dropout=0.0):
         with the third key masked:    weights  0.88  0.12  0.00
 
     Why divide by sqrt(K)? q.k is a sum of K products. If the entries are independent with mean 0
-    and variance 1, the sum has variance K. The softmax of such large scores is almost one-hot, and
-    its gradient is almost zero (attention_by_hand.py, stage 4).
+    and variance 1, the sum has variance K, so a typical size of sqrt(K). The softmax of such large
+    scores puts almost all weight on one key, and its gradient is almost 0 (attention_by_hand.py).
     """
     scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.size(-1))  # (B, H, T, S)
     if mask is not None:
@@ -140,7 +140,7 @@ class MultiHeadAttention(nn.Module):
     Queries are computed from x; keys and values are computed from memory, which is x itself in
     self-attention and another sequence in cross-attention (encoder_decoder.py). A query describes
     what a position looks for, a key what it offers, and a value the content that it passes on.
-    H heads cost as much as one head of D dimensions. w_o mixes their results.
+    H heads have as many parameters as one head of D dimensions. w_o mixes their results.
     """
 
     def __init__(self, d_model, num_heads, dropout=0.0):
@@ -248,8 +248,9 @@ class EncoderOnlyTransformer(nn.Module):
         self.output = nn.Linear(d_model, vocab_size)
         # Tied weights (Press and Wolf 2017): input and output share one matrix, which saves V * D
         # parameters. The output needs small weights: with std 0.02, the first loss is close to
-        # ln V = 3.26, that of a uniform guess. At the input, 0.02 is tiny next to the positions
-        # (0.7 rms), so `encode` multiplies it by sqrt(D) = 8 (Vaswani et al. 2017, section 3.4).
+        # ln V = 3.26, that of a uniform guess. At the input, entries of 0.02 are tiny next to those
+        # of the positions, 0.7, so `encode` multiplies them by sqrt(D) = 8 (Vaswani et al. 2017,
+        # section 3.4).
         # Without this factor, training ends at 0.0-0.2% exact match (SEED 0-2).
         self.output.weight = self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -302,9 +303,10 @@ def mask_tokens(tokens, mask_share=0.8, random_share=0.1, min_rate=0.15, generat
     model should not rely on it. Here, the mix does not help: fine-tuning ends at 91.2-97.5% with
     it, and at 97.1-99.5% if all selected tokens become <MASK> (SEED 0-2).
 
-    Unlike in BERT, only one side of each row is masked: if a digit *and* its word were masked,
-    neither could be recovered. And each row draws its masking rate between `min_rate` and 1: at
-    BERT's 15%, the model would almost never see all words masked, as they are when it translates.
+    Unlike in BERT, only the digits or only the words of a row are selected: if a digit *and* its
+    word were masked, neither could be recovered. And each row draws its masking rate between
+    `min_rate` and 1: at BERT's 15%, the model would almost never see all words masked, as they are
+    when it translates.
     """
     def rand(*shape):
         return torch.rand(*shape, generator=generator, device=tokens.device)
@@ -314,7 +316,7 @@ def mask_tokens(tokens, mask_share=0.8, random_share=0.1, min_rate=0.15, generat
     digits = (tokens >= FIRST_ORDINARY) & ~words
     candidates = torch.where(rand(batch, 1) < 0.5, words, digits)  # one side of each row
     rate = min_rate + (1 - min_rate) * rand(batch, 1)  # (B, 1)
-    # The lowest draw of each row is always selected, because without labels the loss is 0/0 = NaN.
+    # The lowest draw of a row is always selected: the loss of a batch without labels is 0/0 = NaN.
     draw = rand(batch, length).masked_fill(~candidates, 2.0)  # (B, S)
     selected = candidates & (draw <= torch.maximum(rate, draw.amin(1, keepdim=True)))
 
@@ -384,9 +386,9 @@ def translate_back(model, sequences):
 def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
     """Return the factor for the learning rate at `step`: linear warmup, then cosine decay.
 
-    Warmup (Vaswani et al. 2017, section 5.3) keeps the steps small while Adam's averages are based
-    on few gradients (Liu et al. 2020, RAdam). Decay (Loshchilov and Hutter 2017) lets the model get
-    closer to a minimum.
+    Adam divides an average of the gradients by one of their size. Warmup (Vaswani et al. 2017,
+    section 5.3) keeps the steps small while these averages are based on few gradients (Liu et al.
+    2020, RAdam). Decay (Loshchilov and Hutter 2017) lets the model get closer to a minimum.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps  # never 0, which would waste the first step
@@ -424,7 +426,7 @@ def train_epoch(model, loader, optimizer, scheduler, clip_norm, loss_function=co
         check_finite(loss.item(), scheduler.last_epoch)  # which is the step, despite its name
         optimizer.zero_grad()  # otherwise backward() adds to the gradients of the previous step
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # keeps the direction
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # shortens, keeps the direction
         optimizer.step()
         scheduler.step()
         total += loss.item()
@@ -445,7 +447,7 @@ def evaluate(model, loader):
     loss_sum, num_correct, num_labels, examples = 0.0, 0, 0, []
     for batch in loader:
         logits, labels = predict(model, to_device(batch, device))
-        counts = labels != IGNORE_INDEX  # (B, T): which labels count
+        counts = labels != IGNORE_INDEX  # which labels count
         # subtle: sum and divide once. A mean of means gives a small last batch too much weight.
         loss_sum += F.cross_entropy(logits[counts], labels[counts], reduction="sum").item()
         num_correct += (logits.argmax(-1) == labels)[counts].sum().item()
@@ -589,8 +591,8 @@ def show_alignment(model, sequences):
 def show_attention(model, row):
     """Print what the masked tokens of `row` attend to.
 
-    It shows the layer and head in which mask i gives the most weight to token i of the other side,
-    on average. Attention weights do not explain a prediction by themselves (Jain and Wallace 2019).
+    It shows the layer and head with the largest mean weight of mask i on token i of the other side.
+    Attention weights do not explain a prediction by themselves (Jain and Wallace 2019).
     """
     weights, others = attention_of_masks(model, row)  # (layers, H, M, S)
     own = weights[..., others].diagonal(dim1=-2, dim2=-1).mean(-1)  # (layers, H): mask i on token i

@@ -31,7 +31,7 @@ def claims():
         for name, tries in re.findall(r"^([A-Z_]+) = .*?# (.*Try .*)$", text, flags=re.MULTILINE):
             for value, low, high in re.findall(r"Try (\S+): ([\d.]+)(?:-([\d.]+))?%", tries):
                 found.append((script, name, value, float(low), float(high or low)))
-    guide = (ROOT / "README.md").read_text(encoding="utf-8")
+    guide = (ROOT / "guide" / "customization.md").read_text(encoding="utf-8")
     row = r"\| `(\w+)\.py` \| `([A-Z_]+) = (\S+)` \| ([\d.]+)(?:-([\d.]+))? \|"
     for script, name, value, low, high in re.findall(row, guide):
         found.append((script, name, value, float(low), float(high or low)))

@@ -1,7 +1,7 @@
 """Plant common mistakes in a copy, one at a time: does a test fail for each?
 
     python tests/planted_mistakes.py            (about 15 minutes; prints a row for each mistake)
-    python tests/planted_mistakes.py guide      the same with mistakes in the guide, the README
+    python tests/planted_mistakes.py guide      the same with mistakes in the guide
 
 Not collected by pytest. A mistake is a text to find and its replacement, applied to every script
 that has it.
@@ -250,37 +250,45 @@ FAST_TESTS = [
 ]
 
 MISTAKES_IN_THE_GUIDE = [
-    ("dead anchor", "(#86-keyvalue-cache)", "(#86-key-value-cache)"),
-    ("live but wrong anchor", "[8.6](#86-keyvalue-cache)", "[8.6](#85-repetition-penalty)"),
+    ("dead anchor", "(inference.md#keyvalue-cache)", "(inference.md#key-value-cache)"),
+    ("dead chapter", "(training.md#mixed-precision)", "(trainings.md#mixed-precision)"),
+    ("chapter not linked", "[Troubleshooting](guide/troubleshooting.md)", "Troubleshooting"),
+    ("wrong next chapter", "next: [Training](training.md)", "next: [Training](inference.md)"),
+    ("section not in the contents", "[gibberish](#gibberish)", "gibberish"),
     (
         "dead file link",
-        "[`tests/test_alike.py`](tests/test_alike.py)",
-        "[`tests/test_alike.py`](tests/test_alikes.py)",
+        "[`tests/test_alike.py`](../tests/test_alike.py)",
+        "[`tests/test_alike.py`](../tests/test_alikes.py)",
     ),
     ("unknown method", "`MultiHeadAttention.split_heads`", "`MultiHeadAttention.cut_heads`"),
     (
         "name in the wrong file",
-        "`seed_micro_batch`; [`bookkeeping.py`](bookkeeping.py), `load_unfinished`",
-        "`seed_micro_batch`, `load_unfinished`",
+        "[`bookkeeping.py`](../bookkeeping.py), `load_unfinished`",
+        "[`train_all.py`](../train_all.py), `load_unfinished`",
     ),
     (
         "test that does not exist",
         "`test_an_epoch_equals_a_plain_training_loop`",
-        "`test_an_epoch_is_the_plainest_loop`",
+        "`test_an_epoch_equals_a_training_loop`",
     ),
     ("wrong default", "| heads (`NUM_HEADS`) | 4 |", "| heads (`NUM_HEADS`) | 8 |"),
     ("wrong betas", "| betas | 0.9, 0.999 |", "| betas | 0.9, 0.95 |"),
     ("wrong epochs", "6 to 8 epochs of 85 steps", "6 to 8 epochs of 58 steps"),
     ("wrong sizes", "101,760 to 235,392", "101,786 to 235,392"),
     ("wrong output of a snippet", "std of q.k   2.0", "std of q.k   2.2"),
-    ("wrong entropy", "entropy by layer: [0.7, 0.0]", "entropy by layer: [0.5, 0.0]"),
+    ("wrong entropy", "trained    entropy by layer: [0.8, 0.0]", "trained    entropy by layer: [0.5, 0.0]"),
+    (
+        "wrong formula in a snippet",
+        "12 * T * D * D + 2 * T * T * D",
+        "12 * T * D * D + 4 * T * T * D",
+    ),
     (
         "snippet that fails",
         "from encoder_only import PositionalEncoding\n\ntable",
         "from encoder_only import PositionEncoding\n\ntable",
     ),
     (
-        "wrong figure in a measured table",
+        "wrong number in a measured table",
         "| decoder-only | 101,760 | 3.1 | 6 |",
         "| decoder-only | 101,760 | 3.1 | 5 |",
     ),
@@ -295,13 +303,18 @@ MISTAKES_IN_THE_GUIDE = [
         "exact match, % (±90) |\n|---|---|---|---|---|\n| encoder-only | 101",
     ),
     (
-        "line of output invented",
-        "per digit.\n```\n\nSecond",
-        "per digit.\nAll is well.\n```\n\nSecond",
+        "invented line of output",
+        "per digit.\n```\n\nThen run",
+        "per digit.\nAll is well.\n```\n\nThen run",
     ),
-    ("percentage in the text", "still reaches 88 %\nwithout", "still reaches 36 %\nwithout"),
-    ("number of sequences", "111,110 sequences", "99,999 sequences"),
-    ("number of mistakes", "plants fifty-seven mistakes", "plants ninety mistakes"),
+    (
+        "excerpt that differs",
+        "q.size(-1) ** 0.5  # (B, HEADS, T, T)",
+        "D ** 0.5  # (B, HEADS, T, T)",
+    ),
+    ("wrong percentage", "still reaches 88%", "still reaches 36%"),
+    ("wrong number of sequences", "111,110 sequences", "99,999 sequences"),
+    ("wrong number of mistakes", "plants 57 mistakes", "plants 90 mistakes"),
     (
         "table without a source",
         "Sources: the papers named in the cells;",
@@ -309,25 +322,25 @@ MISTAKES_IN_THE_GUIDE = [
     ),
     (
         "percentage without a source",
-        "**What just happened.**",
-        "Nine in ten readers, 90 %, like it.\n\n**What just happened.**",
+        "## Three models\n",
+        "## Three models\n\nMost readers, 90%, like it.\n",
     ),
-    ("uncited paper", "(Sennrich et al. 2016)", "(Sennrich et al. 2017)"),
-    ("paper of another time", "Kaplan et al. 2020, [Scaling", "Kaplan et al. 2024, [Scaling"),
+    ("citation without an entry", "(Sennrich et al. 2016)", "(Sennrich et al. 2017)"),
+    ("wrong year of a paper", "Hoffmann et al. 2022, [Training", "Hoffmann et al. 2026, [Training"),
     (
         "minutes that do not add up",
-        "| read its output next to section 8 | `python compare_architectures.py` | 15 |",
-        "| read its output next to section 8 | `python compare_architectures.py` | 25 |",
+        "| read the output of the comparison | `python compare_architectures.py` | 20 |",
+        "| read the output of the comparison | `python compare_architectures.py` | 30 |",
     ),
-    ("lines of a file", "| 898 | 30 |", "| 719 | 25 |"),
+    ("wrong line count", "beam search | 900 | 50 |", "beam search | 719 | 50 |"),
     (
         "command that does not exist",
-        "`python visualizations.py` | nineteen",
-        "`python visualisations.py` | nineteen",
+        "`python visualizations.py` | draws",
+        "`python visualisations.py` | draws",
     ),
     ("pytest -k that selects nothing", "-k never_nan", "-k never_nans"),
-    ("figure that is missing", "(figures/masks.png)", "(figures/mask.png)"),
-    ("a question left out", "<b>7. What do attention", "<b>8. What do attention"),
+    ("missing figure", "figures/masks.png)", "figures/mask.png)"),
+    ("missing question", "<b>7. What do attention", "<b>8. What do attention"),
     ("constant that does not exist", "`PROFILE_STEPS = 5`", "`PROFILING_STEPS = 5`"),
 ]
 # First the tests that run no script, then those that run quick_start.py or toy_dataset.py.
@@ -384,15 +397,16 @@ def main():
                 copy,
                 ignore=shutil.ignore_patterns(".git", "checkpoints", "__pycache__", ".*cache"),
             )
-            planted = plant(old, new, [copy / "README.md"] if guide else copy.glob("*.py"))
+            pages = [*copy.glob("*.md"), *copy.glob("guide/*.md")]
+            planted = plant(old, new, pages if guide else copy.glob("*.py"))
             if not planted:
                 print(f"{'NOT FOUND':9s} {name}: no file contains the text to replace", flush=True)
                 missed += 1
                 continue
             if guide:
                 found = first_failure(
-                    copy, "tests/test_readme.py", "-k", GUIDE_TESTS[0]
-                ) or first_failure(copy, "tests/test_readme.py", "-k", GUIDE_TESTS[1])
+                    copy, "tests/test_guide.py", "-k", GUIDE_TESTS[0]
+                ) or first_failure(copy, "tests/test_guide.py", "-k", GUIDE_TESTS[1])
             else:
                 found = first_failure(copy, *(f"tests/{test}" for test in FAST_TESTS))
             missed += found is None
