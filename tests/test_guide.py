@@ -415,7 +415,7 @@ def test_every_percentage_and_time_in_the_text_names_its_source():
     """A paragraph with a percentage or a time names a command, file, link, paper, or test."""
     source = (
         r"python \w+\.py|python -m|\.py`|\]\([\w/.]*#|(?:19|20)\d\d|`test_|`[A-Z_]+`|`[A-Z_]+ = "
-        r"|[Ff]igure|[Pp]rinted|[Mm]easured|tables above"
+        r"|[Ff]igure|[Pp]rinted|[Mm]easured|tables? above"
     )
     bare = [
         (page.name, text)
