@@ -237,9 +237,9 @@ def box(axis, x, y, text, color="white", width=2.6, height=0.5):
     axis.text(x, y, text, ha="center", va="center", fontsize=8.5)
 
 
-def arrow(axis, start, end, text="", bend=0.0, side=0.08):
+def arrow(axis, start, end, text="", side=0.08):
     axis.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, linewidth=1,
-                                   connectionstyle=f"arc3,rad={bend}", shrinkA=0, shrinkB=0))
+                                   shrinkA=0, shrinkB=0))
     if text:
         axis.text((start[0] + end[0]) / 2 + side, (start[1] + end[1]) / 2, text, fontsize=7,
                   va="center", color="#333333")

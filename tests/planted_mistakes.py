@@ -276,7 +276,7 @@ MISTAKES_IN_THE_GUIDE = [
     ("wrong epochs", "6 to 8 epochs of 85 steps", "6 to 8 epochs of 58 steps"),
     ("wrong sizes", "101,760 to 235,392", "101,786 to 235,392"),
     ("wrong output of a snippet", "std of q.k   2.0", "std of q.k   2.2"),
-    ("wrong entropy", "trained    entropy by layer: [0.8, 0.0]", "trained    entropy by layer: [0.5, 0.0]"),
+    ("wrong entropy", "by layer: [0.8, 0.0]", "by layer: [0.5, 0.0]"),
     (
         "wrong formula in a snippet",
         "12 * T * D * D + 2 * T * T * D",
