@@ -332,7 +332,7 @@ MISTAKES_IN_THE_GUIDE = [
         "| read the output of the comparison | `python compare_architectures.py` | 20 |",
         "| read the output of the comparison | `python compare_architectures.py` | 30 |",
     ),
-    ("wrong line count", "beam search | 900 | 50 |", "beam search | 719 | 50 |"),
+    ("wrong line count", "beam search | 898 | 50 |", "beam search | 719 | 50 |"),
     (
         "command that does not exist",
         "`python visualizations.py` | draws",

@@ -470,6 +470,8 @@ def test_every_command_in_the_text_exists(command):
             assert words[3] == "install"
             if words[4] == "-r":
                 assert (ROOT / words[5]).is_file()
+        elif words[1:3] == ["-m", "venv"]:
+            assert len(words) == 4
         elif words[1:3] == ["-m", "pytest"]:
             files = [word for word in words[3:] if word.startswith("tests/")]
             assert all((ROOT / file).is_file() for file in files)
