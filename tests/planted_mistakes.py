@@ -322,8 +322,8 @@ MISTAKES_IN_THE_GUIDE = [
     ),
     (
         "percentage without a source",
-        "## Three models\n",
-        "## Three models\n\nMost readers, 90%, like it.\n",
+        "The sections follow a token",
+        "Most readers, 90%, like it.\n\nThe sections follow a token",
     ),
     ("citation without an entry", "(Sennrich et al. 2016)", "(Sennrich et al. 2017)"),
     ("wrong year of a paper", "Hoffmann et al. 2022, [Training", "Hoffmann et al. 2026, [Training"),
