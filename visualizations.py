@@ -623,13 +623,13 @@ def draw_links(axis, title, inputs, outputs, allowed, weights, color):
                           linewidth=0.6, zorder=0)
             if weights[t][s] > 0.05:
                 axis.plot([s, t + len(inputs) - len(outputs)], [0.12, 0.88], color=color,
-                          linewidth=7 * weights[t][s], alpha=0.8, solid_capstyle="round")
+                          linewidth=6 * weights[t][s], alpha=0.8, solid_capstyle="round")
         axis.text(t + len(inputs) - len(outputs), 1, output, ha="center", va="center",
-                  fontsize=11 if "<" in output else 14)
+                  fontsize=8.5 if "<" in output else 12)
     for s, token in enumerate(inputs):
-        axis.text(s, 0, token, ha="center", va="center", fontsize=11 if "<" in token else 14)
+        axis.text(s, 0, token, ha="center", va="center", fontsize=8.5 if "<" in token else 12)
     axis.set(xlim=(-0.6, len(inputs) - 0.4), ylim=(-0.1, 1.08))
-    axis.set_title(title, fontsize=17)
+    axis.set_title(title, fontsize=14)
     axis.axis("off")
 
 
@@ -637,7 +637,7 @@ def draw_links(axis, title, inputs, outputs, allowed, weights, color):
 def three_models(models):
     digits, n = ["4", "0", "7"], 3
     weights = attention_weights(models, digits)
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.4))
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
     # For each model, take the head in which the query for word i attends most to digit i.
     for axis, name, first, title, color in (
             (axes[0], "encoder-only", n + 1, "encoder-only (BERT)", BLUE),

@@ -304,8 +304,8 @@ MISTAKES_IN_THE_GUIDE = [
     ),
     (
         "invented line of output",
-        "per digit.\n```\n\nThen run",
-        "per digit.\nAll is well.\n```\n\nThen run",
+        "per digit.\n```\n\nThe last",
+        "per digit.\nAll is well.\n```\n\nThe last",
     ),
     (
         "excerpt that differs",

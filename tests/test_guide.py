@@ -437,8 +437,8 @@ def test_numbers_in_the_text_match_the_code():
     )
     highest = max(float(figure) for pair in unscaled for figure in pair if figure)
     for expected in (
-        f"saw {training} digit sequences",
-        f"translated {validation} sequences",
+        f"sees {training} sequences of digits",
+        f"translates {validation} sequences",
         f"{toy_dataset.count_distinct(5):,} sequences of up to five digits",
         f"plants {len(MISTAKES)} mistakes",
         f"ends at 0 to {highest:.0f}% exact match",

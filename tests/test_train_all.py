@@ -601,7 +601,7 @@ def test_the_profiler_writes_a_trace_and_names_five_operations(small):
         ({"RESUME_EVERY": 0}, "RESUME_EVERY=0"),
         ({"LABEL_SMOOTHING": 1.0}, "LABEL_SMOOTHING=1.0"),
         ({"WEIGHT_DECAY": -1}, "WEIGHT_DECAY=-1"),
-        ({"NUM_EPOCHS": 1, "WARMUP_STEPS": 109}, "WARMUP_STEPS=109 leaves no step"),
+        ({"NUM_EPOCHS": 1, "WARMUP_STEPS": 109}, "WARMUP_STEPS=109 leaves none of the 109 steps"),
         ({"NUM_HEADS": 3}, "NUM_HEADS=3"),
         ({"NUM_SAMPLES": 10**7}, "NUM_SAMPLES=10000000"),
     ],
