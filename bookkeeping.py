@@ -55,6 +55,9 @@ def processes(device):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
+        if dist.is_initialized():
+            # If one process leaves early and fails while it ends, torchrun stops the others.
+            dist.barrier()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
