@@ -61,7 +61,7 @@ D_MODEL = 64             # size of a token's vector
 NUM_HEADS = 4            # must divide D_MODEL
 NUM_LAYERS = 2           # in the encoder and also in the decoder. Try 1: 100%.
 D_FF = 256               # hidden size of the feed-forward network
-DROPOUT = 0.0            # fraction of activations set to 0 in training.
+DROPOUT = 0.0            # fraction of activations set to 0 in training
 # The task
 NUM_SAMPLES = 6000       # distinct sequences, training plus validation
 MAX_DIGITS = 5           # longest sequence
@@ -687,9 +687,9 @@ def predict(model, batch):
 def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
     """Return the factor for the learning rate at `step`: linear warmup, then cosine decay.
 
-    Adam divides an average of the gradients by one of their size. Warmup (Vaswani et al. 2017,
-    section 5.3) keeps the steps small while these averages are based on few gradients (Liu et al.
-    2020, RAdam). Decay (Loshchilov and Hutter 2017) lets the model get closer to a minimum.
+    Adam divides an average of the gradients by an average of their size. Warmup (Vaswani et al.
+    2017, section 5.3) keeps the steps small while these averages are based on few gradients (Liu
+    et al. 2020, RAdam). Decay (Loshchilov and Hutter 2017) lets the model get closer to a minimum.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps  # never 0, which would waste the first step

@@ -52,10 +52,10 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(D)
 
     def forward(self, tokens):  # (B, T) -> (B, T, 22): a score for each possible next token
-        speeds = 10000.0 ** (-torch.arange(0, D, 2) / D)  # (D / 2,): from fast to slow
+        speeds = 10000.0 ** (-torch.arange(0, D, 2) / D)  # (D / 2,): of the angles, fast to slow
         angles = torch.arange(tokens.size(1))[:, None] * speeds  # (T, D / 2): grow with position t
         positions = torch.stack([angles.sin(), angles.cos()], -1).flatten(1)  # (T, D)
-        x = self.blocks(self.embedding[tokens] * D ** 0.5 + positions)  # (B, T, D); table scaled
+        x = self.blocks(self.embedding[tokens] * D ** 0.5 + positions)  # (B, T, D)
         return self.norm(x) @ self.embedding.T  # (B, T, 22): small at first, because of the 0.02
 
 @torch.no_grad()

@@ -560,6 +560,23 @@ def test_a_process_that_fails_ends_the_job_with_its_error(small):
     assert done.returncode != 0 and "rank one has died" in done.stderr
 
 
+def test_a_process_that_aborts_at_its_end_loses_nothing(small):
+    path = small.folder / "train_all.py"
+    source = path.read_text()
+    # Rank 1 aborts as soon as its `main` has returned. Rank 0 still has two seconds of work.
+    ending = (
+        "            import time; time.sleep(2)\n            show_inference(device, done)\n"
+        "        else:\n            import atexit; atexit.register(os.abort)\n"
+        "        if rank() == 0:\n"
+    )
+    path.write_text(source.replace("            show_inference(device, done)\n", ending))
+    assert path.read_text() != source
+    done = run(small, processes=2)
+    assert done.returncode != 0  # rank 1 did abort
+    assert "exact match, best epoch" in done.stdout
+    assert (small.folder / "runs" / "log.jsonl").read_text().count("\n") == 1
+
+
 def test_the_log_shows_only_the_constants_that_changed(small):
     assert run(small).returncode == 0
     with open(small.folder / "runs" / "log.jsonl", "a") as file:
