@@ -259,7 +259,7 @@ def append_to_log(settings, scores, seconds):
 # --- Profiler -------------------------------------------------------------------------
 @contextlib.contextmanager
 def profiler(name, steps, device):
-    """Profile the first `steps` steps. Yields an object; call its step() after each training step.
+    """Profile `steps` steps after the first. Yields an object; call its step() after each step.
 
     Writes a trace to runs/ (open it at https://ui.perfetto.dev) and prints the five most expensive
     operations.
@@ -277,17 +277,18 @@ def profiler(name, steps, device):
         try:
             RUNS.mkdir(exist_ok=True)
             profile.export_chrome_trace(str(trace))
-        except (OSError, RuntimeError) as error:
-            say(f"warning: could not write runs/{trace.name} ({error})")
+            written = f"trace in runs/{trace.name}"
+        except (OSError, RuntimeError):
+            written = f"warning: could not write runs/{trace.name}"
         operations = sorted(profile.key_averages(), key=lambda op: getattr(op, cost), reverse=True)
         total = sum(getattr(operation, cost) for operation in operations)
         say(f"  the most expensive operations of the first steps ({device.type.upper()} time); "
-            f"trace in runs/{trace.name}")
+            f"{written}")
         for operation in operations[:5]:
             say(f"    {getattr(operation, cost) / total:6.1%}   {operation.key[:50]:50s}"
                 f"   {operation.count:6d} calls")
 
-    schedule = torch.profiler.schedule(wait=0, warmup=0, active=steps, repeat=1)
+    schedule = torch.profiler.schedule(wait=0, warmup=1, active=steps, repeat=1)
     with torch.profiler.profile(activities=activities, schedule=schedule,
                                 on_trace_ready=report) as profile:
         yield profile

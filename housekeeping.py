@@ -203,7 +203,7 @@ def check_sequences(sequences):
 
 
 def check_known(tokens, known, example):
-    """Raise InputError if one of `tokens`, typed after a script's name, is not in `known`."""
+    """Raise InputError if one of `tokens` is not in `known`."""
     for token in tokens:
         if token not in known:
             raise InputError(f"{ascii(token)} is unknown: use {' '.join(known)}, with spaces "

@@ -43,7 +43,7 @@ import zlib
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from housekeeping import InputError, check_constants, run_script
+from housekeeping import InputError, check_constants, check_known, run_script
 
 # =====================================================================================
 # LEGEND - the letters of all scripts; each script says what S and T are in it
@@ -159,9 +159,9 @@ def make_item(digits):
         digits ['4', '0', '7']             source [10, 6, 13]
         words  ['four', 'zero', 'seven']   target [20, 16, 23]
 
-    It has no <SOS>, <EOS>, or <PAD>. `collate_fn` adds them, because they depend on the
-    architecture and on the other rows of the batch.
+    `collate_fn` adds <SOS>, <EOS>, and <PAD>, which depend on the architecture and the batch.
     """
+    check_known(digits, DIGITS, "4 0 7")
     words = [WORD_OF[digit] for digit in digits]
     return {"digits": digits, "source": VOCABULARY.encode(digits),
             "words": words, "target": VOCABULARY.encode(words)}

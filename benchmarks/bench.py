@@ -1,7 +1,7 @@
 """
 bench.py - compare the speed of these scripts with torch.nn and Hugging Face's transformers
 
-    python -m pip install -r benchmarks/requirements.txt
+    python -m pip install -r requirements-dev.txt
     python benchmarks/bench.py            (about 4 minutes on two idle CPU cores)
 
 Everything is measured in this one run, the rivals in turn (A B C, A B C, ...), so that a slow
@@ -23,12 +23,14 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, GPT2LMHeadModel, PegasusConfig, PegasusForConditionalGeneration
+from transformers import GPT2Config, GPT2LMHeadModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import encoder_decoder
 from decoder_only import DecoderOnlyTransformer, causal_mask
 from encoder_decoder import EncoderDecoderTransformer
+from hugging_face import as_pegasus, cut
 from toy_dataset import EOS, PAD, SOS, VOCABULARY, create_dataloaders
 from train_all import use_fused_attention
 
@@ -191,52 +193,6 @@ def growth(cached, d_model, num_heads, num_layers):
             [prompt], n, use_cache=False, stop_at=None))["it"]
         print(f"    {length:6d}   {seconds:8.3f}   {seconds / cached[shortest]:6.1f}   "
               f"{plain[length]:10.3f}   {plain[length] / plain[shortest]:6.1f}")
-
-
-def as_pegasus(model):
-    """Return Hugging Face's Pegasus with our weights: the same function, because it is built like
-    encoder_decoder.py (pre-norm, sinusoids, tied)."""
-    a = model.arguments
-    theirs = PegasusForConditionalGeneration(PegasusConfig(
-        vocab_size=a["vocab_size"], d_model=a["d_model"], max_position_embeddings=a["max_len"],
-        encoder_layers=a["num_layers"], decoder_layers=a["num_layers"],
-        encoder_attention_heads=a["num_heads"], decoder_attention_heads=a["num_heads"],
-        encoder_ffn_dim=a["d_ff"], decoder_ffn_dim=a["d_ff"], activation_function="gelu",
-        dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, scale_embedding=True,
-        pad_token_id=PAD, eos_token_id=EOS, decoder_start_token_id=SOS, bos_token_id=SOS,
-        forced_eos_token_id=None, tie_word_embeddings=False)).eval()
-
-    def attention(mine, other):
-        for name, layer in (("q_proj", mine.w_q), ("k_proj", mine.w_k), ("v_proj", mine.w_v),
-                            ("out_proj", mine.w_o)):
-            getattr(other, name).load_state_dict(layer.state_dict())
-
-    with torch.no_grad():
-        for embedding in (theirs.model.shared, theirs.model.encoder.embed_tokens,
-                          theirs.model.decoder.embed_tokens):
-            embedding.weight.copy_(model.embedding.weight)
-        theirs.lm_head.weight.copy_(model.output.weight)
-        for stack, layers, norm in (
-                (theirs.model.encoder, model.encoder_layers, model.encoder_norm),
-                (theirs.model.decoder, model.decoder_layers, model.final_norm)):
-            stack.embed_positions.weight.copy_(model.positional_encoding.table)
-            stack.layer_norm.load_state_dict(norm.state_dict())
-            is_encoder = stack is theirs.model.encoder
-            for mine, other in zip(layers, stack.layers):
-                attention(mine.attention if is_encoder else mine.self_attention, other.self_attn)
-                other.self_attn_layer_norm.load_state_dict(mine.norm1.state_dict())
-                other.fc1.load_state_dict(mine.feed_forward.widen.state_dict())
-                other.fc2.load_state_dict(mine.feed_forward.narrow.state_dict())
-                other.final_layer_norm.load_state_dict(mine.norm2.state_dict())
-                if not is_encoder:
-                    attention(mine.cross_attention, other.encoder_attn)
-                    other.encoder_attn_layer_norm.load_state_dict(mine.norm_cross.state_dict())
-    return theirs
-
-
-def cut(row):
-    """Return a row of Hugging Face's output without <SOS> and without what follows <EOS>."""
-    return row[1:row.index(EOS) + 1] if EOS in row else row[1:]
 
 
 def beam_search(steps, rounds, width=5, batch=16, max_digits=10, max_new_tokens=16):

@@ -10,11 +10,20 @@ import torch
 
 import compare_architectures as compare
 import decoder_only
+import train_all
 import visualizations as visual
 from conftest import MODELS, ROOT, SCRIPTS, Workplace, finished, random_model, refused, run_of
-from toy_dataset import DIGITS, SOS, VOCABULARY, WORDS, collate_fn, make_item
 from quick_start import ARCHITECTURES, count_passes
-from train_all import parameters_by_component
+from toy_dataset import (
+    DIGITS,
+    SOS,
+    VOCABULARY,
+    WORDS,
+    collate_fn,
+    create_dataloaders,
+    make_item,
+)
+from train_all import parameters_by_component, train_for
 
 
 def by_architecture(**arguments):
@@ -355,3 +364,281 @@ def test_an_unreadable_history_gives_no_curves(
     else:
         (tmp_path / "history.csv").write_text(content[damage])
     assert visual.curves_of_last_run() is None
+
+# --- what the comparison really trains and measures -------------------------------------------
+@pytest.fixture
+def trained(monkeypatch):
+    """A list that receives (architecture, model, steps, warmup steps) instead of training."""
+    calls = []
+
+    def record(name, model, num_steps, warmup_steps=compare.WARMUP_STEPS, **_):
+        calls.append((name, model, num_steps, warmup_steps))
+        return model.eval()
+
+    monkeypatch.setattr(compare, "train", record)
+    monkeypatch.setattr(compare, "NUM_SAMPLES", 600)
+    return calls
+
+
+def test_every_row_of_the_ablations_trains_what_it_names(trained, monkeypatch):
+    monkeypatch.setattr(compare, "ABLATION_LAYERS", (1, 3))
+    monkeypatch.setattr(compare, "ABLATION_STEPS", 7)
+    measured = []
+    monkeypatch.setattr(
+        decoder_only, "translate", lambda model, digits: measured.append(model) or digits
+    )
+    compare.show_ablations()
+    assert [call[1] for call in trained] == measured  # the model trained is the model measured
+    rows = [trained[i : i + 2] for i in range(0, len(trained), 2)]
+    assert [row[0] for row in compare.ABLATIONS] == [
+        "baseline", "without positions", "without 1/sqrt(K)", "without residuals", "post-norm",
+        "one head", "without warmup",
+    ]  # fmt: skip
+    for (title, *_), pair in zip(compare.ABLATIONS, rows):
+        for (name, model, steps, warmup), layers in zip(pair, (1, 3)):
+            attention = model.layers[0].self_attention
+            found = {
+                "without positions": not model.positional_encoding.table.any(),
+                "without 1/sqrt(K)": len(attention.w_q._forward_hooks) == 1,
+                "without residuals": is_changed(model, without_residuals=True),
+                "post-norm": is_changed(model, without_residuals=False),
+                "one head": attention.num_heads == 1,
+                "without warmup": warmup == 0,
+            }
+            assert [change for change, is_on in found.items() if is_on] == (
+                [] if title == "baseline" else [title]
+            )
+            assert (name, steps, len(model.layers)) == ("decoder-only", 7, layers)
+
+
+@torch.no_grad()
+def is_changed(model, without_residuals):
+    """True if a layer has no residuals (or, if False, if its output is normalized)."""
+    layer, x = model.layers[0], torch.randn(1, 3, compare.D_MODEL)
+    out = layer(x)[0]
+    if without_residuals:
+        normalized = layer.norm1(x)
+        attended, _ = layer.self_attention(normalized, normalized)
+        return torch.allclose(out, layer.feed_forward(layer.norm2(attended)), atol=1e-5)
+    return out.mean(-1).abs().max().item() < 1e-5
+
+
+def test_the_padding_ablation_unmasks_cross_attention_and_nothing_else():
+    seen = {"encoder": [], "cross": []}
+    model = random_model("encoder_decoder")
+    for layer in model.encoder_layers:
+        layer.register_forward_pre_hook(lambda _, x: seen["encoder"].append(x[1]))
+    for layer in model.decoder_layers:
+        layer.register_forward_pre_hook(lambda _, x: seen["cross"].append(x[4]))
+    compare.without_cross_padding_mask(model)
+    SCRIPTS["encoder_decoder"].translate(model, [["4", "0", "7"], ["9"]])
+    assert seen["cross"] and all(mask is None for mask in seen["cross"])
+    assert all((~mask).sum() == 2 for mask in seen["encoder"])
+
+
+def test_few_sequences_are_few_and_none_is_held_out(monkeypatch):
+    monkeypatch.setattr(compare, "NUM_SAMPLES", 600)
+    monkeypatch.setattr(compare, "BATCH_SIZE", 10)
+    seen = []
+
+    def record(script, model, train_loader, *_):
+        seen.append({tuple(d) for batch in train_loader for d in batch["digits"]})
+        return model
+
+    monkeypatch.setattr(compare, "train_for", record)
+    for name in ARCHITECTURES:
+        for count in (5, 40, None):
+            compare.train(name, None, 10, num_sequences=count)
+    held_out = {tuple(digits) for digits in compare.held_out_sequences(10**6)[0]}
+    everything = len(compare.loaders()[0].dataset)
+    assert [len(rows) for rows in seen] == [5, 40, everything] * 3 and len(held_out) > 40
+    assert seen[0] == seen[3] == seen[6] and seen[1] == seen[4]  # all three get the same rows
+    assert not held_out & set().union(*seen)
+    some = {tuple(digits) for digits in compare.held_out_sequences(20)[0]}
+    assert some < held_out and len(some) == 20
+
+
+def test_section_3_evaluates_held_out_rows_and_keeps_an_early_copy(monkeypatch):
+    for name, value in {
+        "NUM_SAMPLES": 400, "NUM_STEPS": 7, "EVALUATE_EVERY": 3, "UNDERTRAINED_STEPS": 4,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(compare, name, value)
+    sizes = []
+    for script in SCRIPTS.values():
+        monkeypatch.setattr(
+            script, "evaluate", lambda model, loader: sizes.append(len(loader.dataset))
+            or {"exact_match": 0.5, "loss": 1.0},
+        )  # fmt: skip
+    models, curves, undertrained = compare.train_on_one_budget()
+    assert [step for step, *_ in curves["decoder-only"]] == [3, 6, 7]
+    assert set(sizes) == {len(compare.loaders()[1].dataset)}
+    final = models["encoder-decoder"]
+    assert type(undertrained) is type(final)
+    assert not torch.equal(undertrained.embedding.weight, final.embedding.weight)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_training_for_comparisons_equals_plain_steps(name):
+    """Clipped steps at the scheduled rate, in training mode, over several epochs."""
+    script, model_class, _ = ARCHITECTURES[name]
+    models, watched = [], []
+    for by_hand in (False, True):
+        torch.manual_seed(2)
+        model = model_class(d_model=16, num_heads=2, num_layers=1, d_ff=32, dropout=0.1)
+        loader = create_dataloaders(300, 4, 100, 0)[0]
+        torch.manual_seed(3)
+        if not by_hand:
+            def watch(step, loss, seconds):
+                watched.append((step, loss))
+                model.eval()  # as after an evaluation
+
+            model = train_for(script, model, loader, 7, 0.01, 3, 0.3, watch)
+            assert not model.training
+        else:
+            optimizer, scheduler = script.create_optimizer(model, 0.01, 7, 3)
+            batches = [batch for _ in range(3) for batch in loader][:7]
+            for step, batch in enumerate(batches):
+                loss = script.compute_loss(model.train(), batch)
+                assert watched[step] == (step + 1, pytest.approx(loss.item(), abs=1e-4))
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+                optimizer.step()
+                scheduler.step()
+        models.append(model)
+    for a, b in zip(*(model.parameters() for model in models)):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+# --- each figure shows the model that its title names -----------------------------------------
+@pytest.fixture
+def figures(monkeypatch):
+    """{name: (figure, title)} of the figures drawn in a test."""
+    saved = {}
+    monkeypatch.setattr(
+        visual, "save", lambda figure, name, title: saved.update({name: (figure, title)})
+    )
+    yield saved
+    visual.plt.close("all")
+
+
+def texts(figure):
+    return {text.get_text() for text in figure.findobj(matplotlib.text.Text)}
+
+
+def images(figure):
+    return [torch.tensor(image.get_array().data) for axis in figure.axes for image in axis.images]
+
+
+def test_attention_figures_show_the_weights_and_origin_of_their_model(figures):
+    models = {name: model.float() for name, model in by_architecture().items()}
+    origins = {name: f"{name} from somewhere" for name in models}
+    visual.attention_figures(models, origins)
+    weights = visual.attention_weights(models, visual.SENTENCE.split())
+    for name in ("encoder-only", "decoder-only"):
+        figure, title = figures[f"attention_{name.replace('-', '_')}"]
+        assert title.lower().startswith(name)
+        assert f"key.   {name} from somewhere" in texts(figure)
+        for image, expected in zip(images(figure), weights[name][0].flatten(0, 1)):
+            torch.testing.assert_close(image, expected)
+        assert set(weights[name][1]) <= texts(figure)
+
+
+def test_the_alignment_figure_shows_the_head_that_its_title_names(figures):
+    models = {name: model.float() for name, model in by_architecture().items()}
+    visual.cross_attention_alignment(models, {"encoder-decoder": "from somewhere"})
+    figure, title = figures["cross_attention_alignment"]
+    layer, head = map(int, re.search(r"layer (\d+), head (\d+)", title).groups())
+    written, weights = SCRIPTS["encoder_decoder"].cross_attention(
+        models["encoder-decoder"], visual.SENTENCE.split()
+    )
+    torch.testing.assert_close(images(figure)[0], weights[layer, head])
+    own = weights[:, :, :3].diagonal(dim1=-2, dim2=-1).mean(-1)
+    assert own[layer, head] == own.max()
+    assert "from somewhere" in texts(figure) and set(VOCABULARY.decode(written)) <= texts(figure)
+
+
+def test_the_similarity_figure_shows_the_trained_model_and_an_untrained_one(figures):
+    models = {name: model.float() for name, model in by_architecture().items()}
+    visual.embedding_similarity(models, {"encoder-decoder": "from somewhere"})
+    figure, title = figures["embedding_similarity"]
+    torch.manual_seed(visual.SEED)
+    trained = models["encoder-decoder"]
+    untrained = type(trained)(**trained.arguments)
+    own = []
+    for image, model in zip(images(figure), (untrained, trained)):
+        vectors = torch.nn.functional.normalize(model.embedding.weight[6:26].detach(), dim=-1)
+        torch.testing.assert_close(image, vectors @ vectors.T)
+        own.append(image[:10, 10:].diagonal().mean().item())
+    assert title.endswith(f"{own[0]:+.2f} before, {own[1]:+.2f} after")
+    assert "from somewhere" in texts(figure)
+
+
+def test_the_parameter_figure_counts_the_given_models(figures):
+    models = by_architecture(num_layers=3)
+    visual.parameters(models)
+    figure, title = figures["parameters"]
+    shown = {text.strip() for text in texts(figure)}
+    shares = []
+    for model in models.values():
+        counts = parameters_by_component(model)
+        assert f"{sum(counts.values()):,}" in shown
+        shares.append(counts["feed-forward"] / sum(counts.values()))
+    assert f"{min(shares):.0%} to {max(shares):.0%}" in title
+
+
+def test_the_generation_figures_use_the_undertrained_models(figures, monkeypatch):
+    models = {name: model.float() for name, model in by_architecture().items()}
+    prefixes = []
+    monkeypatch.setattr(
+        decoder_only, "most_uncertain", lambda model, _: prefixes.append(model) or ["4", "<SEP>"]
+    )
+    visual.sampling_strategies(models)
+    assert prefixes == [models["decoder-only"]]
+    figure, title = figures["sampling_strategies"]
+    assert title.endswith('the token after "4 <SEP>"')
+    with torch.no_grad():
+        logits = models["decoder-only"](torch.tensor([[10, 4]]))[0, -1]
+    for axis, options in zip(
+        figure.axes, ({}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 1}, {"top_k": 3})
+    ):
+        filtered = decoder_only.filter_logits(logits[None], **options)[0].softmax(-1)
+        heights = [bar.get_height() for bar in axis.patches]
+        assert heights == pytest.approx(filtered[logits.topk(10).indices].tolist(), abs=1e-6)
+
+    examples = [(["4", "0"], ["four", "zero"], ["four"])]
+    monkeypatch.setattr(SCRIPTS["encoder_decoder"], "evaluate", lambda *_: {"examples": examples})
+    visual.beam_search_tree(models)
+    figure, title = figures["beam_search_tree"]
+    trace = []
+    found = models["encoder-decoder"].beam_search([[10, 6]], 3, 1.0, 4, trace)[0]
+    nodes = [text for text in texts(figure) if re.search(r"\n-", text)]
+    sums = {f"{VOCABULARY.tokens[t]}\n{s:.2f}" for step in trace for _, t, s, _ in step}
+    assert {node.split(" /")[0] for node in nodes} == sums
+    assert "for 4 0:" in title and ("correct" in title) == (found[0].tokens == [20, 16, 2])
+
+
+def test_the_learning_rate_figure_shows_the_rates_of_train_all(figures):
+    visual.learning_rate()
+    (line,) = [line for line in figures["learning_rate"][0].axes[0].lines if len(line.get_xdata())
+               > 9]  # fmt: skip
+    model = MODELS["decoder_only"](d_model=16, num_heads=2)
+    total = train_all.NUM_EPOCHS * 109
+    optimizer, scheduler = train_all.create_optimizer(model, total)
+    rates = []
+    for _ in range(total):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert list(line.get_ydata())[:total] == pytest.approx(rates)
+
+
+def test_learning_curves_name_the_run_they_come_from(figures, tmp_path, monkeypatch):
+    monkeypatch.setattr(visual, "RUNS", tmp_path)
+    curves = {name: {"loss": [(1, 2.0), (2, 1.0)], "exact match": [(2, 0.25)]}
+              for name in ARCHITECTURES}  # fmt: skip
+    visual.learning_curves(curves)
+    figure, _ = figures["learning_curves"]
+    assert "small models, trained here" in texts(figure)
+    for name in ARCHITECTURES:
+        assert f"{name}, ends at 25.0%" in texts(figure)

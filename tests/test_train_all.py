@@ -1,5 +1,6 @@
 """The training pipeline: each technique works as documented, and a killed run resumes."""
 
+import copy
 import csv
 import json
 import math
@@ -203,6 +204,42 @@ def test_gradient_checkpointing_gives_the_same_gradients_for_less_memory(name):
     assert len(script.translate(model, [["4", "0"]])) == 1  # the model can still translate
 
 
+def test_clipping_acts_on_unscaled_gradients(monkeypatch):
+    """With a scaler, gradients are a thousand times too large until they are unscaled."""
+    results = []
+    for enabled in (False, True):
+        monkeypatch.setattr(train_all, "CLIP_NORM", 0.05)
+        torch.manual_seed(0)
+        model = MODELS["decoder_only"](d_model=16, num_heads=2, num_layers=1, d_ff=32).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
+        before = [p.detach().clone() for p in model.parameters()]
+        _, norm, _ = train_all.train_step(
+            SCRIPTS["decoder_only"], model, ITEMS, [[0, 1], [2]], 3, optimizer, scheduler, scaler
+        )
+        step = [a - b.detach() for a, b in zip(before, model.parameters())]
+        assert math.sqrt(sum((s**2).sum().item() for s in step)) == pytest.approx(0.05, rel=1e-3)
+        results.append((norm, step))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
+    for one, other in zip(results[0][1], results[1][1]):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-3)
+
+
+def test_a_step_that_overflows_is_skipped_and_halves_the_scale():
+    model = MODELS["decoder_only"](d_model=16, num_heads=2, num_layers=1).train()
+    model.final_norm.weight.register_hook(lambda gradient: gradient * math.inf)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    train_all.train_step(
+        SCRIPTS["decoder_only"], model, ITEMS, [[0]], 3, optimizer, scheduler, scaler
+    )
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert scaler.get_scale() == 32.0 and scheduler.last_epoch == 0
+
+
 # --- groups ---------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "rows, batch_size, accumulation", [(100, 8, 3), (7, 32, 2), (64, 32, 2), (65, 32, 2), (5, 1, 4)]
@@ -258,6 +295,79 @@ def test_a_resumed_run_processes_exactly_the_remaining_groups(monkeypatch):
     assert seen == [(n + i, group) for i, group in enumerate(groups[1])][4:] + [
         (2 * n + i, group) for i, group in enumerate(groups[2])
     ]
+
+
+class Killed(Exception):
+    pass
+
+
+def new_training(name="decoder-only"):
+    torch.manual_seed(1)
+    model = MODELS[name.replace("-", "_")](d_model=16, num_heads=2, num_layers=1, d_ff=32)
+    optimizer, scheduler = train_all.create_optimizer(model, 100)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return model, bookkeeping.TrainingState(name, model, optimizer, scheduler, scaler)
+
+
+@pytest.mark.parametrize("killed_after", [2, 3, 6, 7, 9])
+def test_an_interrupted_epoch_sees_every_group_exactly_once(killed_after, monkeypatch):
+    """Killed after some steps and resumed from the last save: the steps that count."""
+    monkeypatch.setattr(train_all, "NUM_EPOCHS", 2)
+    monkeypatch.setattr(train_all, "RESUME_EVERY", 3)
+    monkeypatch.setattr(train_all, "BATCH_SIZE", 35)
+    loader = create_dataloaders(100, 3, 10, 0)[1]
+    step_of, seen, saved = train_all.train_step, [], []
+
+    def record(script, model, items, group, step, *rest):
+        if len(seen) == killed_after and not resumed:
+            raise Killed
+        seen.append((step, group))
+        return step_of(script, model, items, group, step, *rest)
+
+    monkeypatch.setattr(train_all, "train_step", record)
+
+    def run(state, model):
+        def save():
+            saved[:] = [copy.deepcopy(state.state_dict()), list(seen)]
+
+        train_all.train(SCRIPTS["decoder_only"], model, state, ITEMS, loader, save)
+
+    resumed = False
+    model, state = new_training()
+    with pytest.raises(Killed):
+        run(state, model)
+    resumed = True
+    model, state = new_training()
+    seen = []
+    if saved:
+        state.load_state_dict(saved[0])
+        seen = saved[1]
+    run(state, model)
+    groups = [train_all.epoch_groups(len(ITEMS), epoch) for epoch in range(2)]
+    assert seen == list(enumerate(groups[0] + groups[1])) and len(groups[0]) == 5
+    assert [step for step, *_ in state.record["steps"]] == list(range(10))
+    assert [row["epoch"] for row in state.record["history"]] == [1, 2]
+
+
+def test_the_saved_model_is_that_of_the_best_epoch(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_all, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(bookkeeping, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(bookkeeping, "UNFINISHED", tmp_path / "runs" / "unfinished.pt")
+    for constant, value in {**SMALL, "NUM_SAMPLES": 300, "NUM_EPOCHS": 4}.items():
+        monkeypatch.setattr(train_all, constant, value)
+    script, weights_of = SCRIPTS["decoder_only"], []
+    scores = iter([0.5, 0.9, 0.9, 0.2])
+
+    def evaluate(model, loader):
+        weights_of.append({k: v.clone() for k, v in model.state_dict().items()})
+        exact = next(scores)  # the second 0.9 has the lower loss
+        return {"loss": 1 - len(weights_of) / 10, "accuracy": 0.5, "exact_match": exact}
+
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    train_all.train_architecture("decoder-only", torch.device("cpu"), {}, {}, None)
+    kept = MODELS["decoder_only"].load(tmp_path / "decoder_only.pt").state_dict()
+    assert all(torch.equal(kept[k], weights_of[2][k]) for k in kept)
+    assert not all(torch.equal(kept[k], weights_of[3][k]) for k in kept)
 
 
 # --- whole runs -----------------------------------------------------------------------
