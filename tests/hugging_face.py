@@ -74,7 +74,8 @@ def copy_stack(model, layers, norm, stack):
 
 def as_pegasus(model):
     """Return Pegasus with the weights of an EncoderDecoderTransformer."""
-    theirs = PegasusForConditionalGeneration(pegasus_config(model)).to(model.embedding.weight).eval()
+    theirs = PegasusForConditionalGeneration(pegasus_config(model))
+    theirs = theirs.to(model.embedding.weight).eval()
     with torch.no_grad():
         theirs.model.shared.weight.copy_(model.embedding.weight)
         theirs.lm_head.weight.copy_(model.output.weight)
@@ -85,7 +86,8 @@ def as_pegasus(model):
 
 def as_pegasus_encoder(model):
     """Return the encoder of Pegasus with the weights of an EncoderOnlyTransformer."""
-    theirs = PegasusForConditionalGeneration(pegasus_config(model)).to(model.embedding.weight).eval()
+    theirs = PegasusForConditionalGeneration(pegasus_config(model))
+    theirs = theirs.to(model.embedding.weight).eval()
     copy_stack(model, model.layers, model.final_norm, theirs.model.encoder)
     return theirs.model.encoder
 

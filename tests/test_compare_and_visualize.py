@@ -488,7 +488,7 @@ def test_training_for_comparisons_equals_plain_steps(name):
         loader = create_dataloaders(300, 4, 100, 0)[0]
         torch.manual_seed(3)
         if not by_hand:
-            def watch(step, loss, seconds):
+            def watch(step, loss, seconds, model=model):
                 watched.append((step, loss))
                 model.eval()  # as after an evaluation
 

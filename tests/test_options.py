@@ -101,7 +101,9 @@ def test_the_cache_saves_work(name):
     for use_cache in (True, False):
         model, seen = random_model(name), []
         layers = getattr(model, "layers", None) or model.decoder_layers
-        layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].size(1)))
+        layers[0].register_forward_pre_hook(
+            lambda _, inputs, seen=seen: seen.append(inputs[0].size(1))
+        )
         model.generate([[6, 7, 4]], 5, use_cache=use_cache, stop_at=None)
         tokens[use_cache] = seen
     first = 3 if name == "decoder_only" else 1
@@ -431,7 +433,7 @@ def test_every_constant_of_train_all_reaches_its_place(places, monkeypatch, caps
                      "save_unfinished", "checkpoint_layers", "profiler")  # fmt: skip
     norms = Recorder(monkeypatch, torch.nn.utils, "clip_grad_norm_")
     fused = []
-    monkeypatch.setattr(train_all, "use_fused_attention", lambda model: fused.append(model))
+    monkeypatch.setattr(train_all, "use_fused_attention", fused.append)
     losses = Recorder(monkeypatch, torch.nn.functional, "cross_entropy")
     orders = Recorder(monkeypatch, train_all, "epoch_groups")
     threads = []

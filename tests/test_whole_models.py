@@ -40,7 +40,8 @@ def model_with_random_weights(name):
 
 def embed(model, tokens):
     """The documented input: embedding times sqrt(D), plus positions."""
-    return F.embedding(tokens, model.embedding.weight) * math.sqrt(D) + sinusoids()[: tokens.size(1)]
+    vectors = F.embedding(tokens, model.embedding.weight)
+    return vectors * math.sqrt(D) + sinusoids()[: tokens.size(1)]
 
 
 def copy_layer(ours, theirs):
