@@ -26,6 +26,7 @@ import random
 import statistics
 import time
 
+from housekeeping import CHECKPOINTS, InputError, check_constants, choose_device, run_script
 import torch
 from torch.utils.data import DataLoader
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,7 +35,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import encoder_decoder
 import encoder_only
 from decoder_only import show_strategies, time_generation
-from housekeeping import CHECKPOINTS, InputError, check_constants, choose_device, run_script
 from quick_start import ARCHITECTURES, count_passes
 from toy_dataset import (DIGITS, EOS, IGNORE_INDEX, SEP, SOS, VOCABULARY, WORD_OF, collate_fn,
                          create_dataloaders, exact_match, make_item, to_device)

@@ -32,15 +32,15 @@ import math
 import statistics
 import time
 
+from housekeeping import (CHECKPOINTS, check_arguments, check_constants, check_filters,
+                          check_finite, check_known, check_model, check_rows, check_sequences,
+                          choose_device, evaluation_mode, load_checkpoint, run_script,
+                          save_checkpoint, save_model)
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from housekeeping import (CHECKPOINTS, check_arguments, check_constants, check_filters,
-                          check_finite, check_known, check_model, check_rows, check_sequences,
-                          choose_device, evaluation_mode, load_checkpoint, run_script,
-                          save_checkpoint, save_model)
 from toy_dataset import (DIGITS, EOS, IGNORE_INDEX, PAD, VOCABULARY, create_dataloaders,
                          exact_match, print_attention, print_examples, to_device)
 

@@ -6,21 +6,37 @@ Nothing in this file is about transformers. Skip it on a first reading. Most scr
     check_constants, check_arguments    compare values with one table of rules
     save_model, load_checkpoint         write files that a crash cannot corrupt, and load them
     run_script                          print one line for an input error, a traceback for others
-"""
-import contextlib
-import hashlib
-import io
-import math
-import os
-import re
-import sys
-import zipfile
-from pathlib import Path
 
-import torch
+Scripts import this file first: Ctrl-C while they import torch then prints one line too.
+"""
+import os
+import signal
+import sys
+from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 CHECKPOINTS = ROOT / "checkpoints"
+
+
+def stop_at_once(*_):
+    """End the program. An exception could be lost in the middle of an import."""
+    os.write(2, b"\nstopped by Ctrl-C\n")
+    os._exit(130)
+
+
+IS_SCRIPT = ROOT in Path(sys.argv[0]).resolve().parents and "tests" not in sys.argv[0]
+if IS_SCRIPT and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, stop_at_once)  # until run_script starts
+
+import contextlib
+import errno
+import hashlib
+import io
+import math
+import re
+import zipfile
+
+import torch
 
 
 class InputError(ValueError):
@@ -265,12 +281,14 @@ def load_checkpoint(path, model_class, device="cpu"):
     """Return the model that `save_checkpoint` wrote, in evaluation mode, or raise InputError."""
     path, device, name = Path(path), choose_device(str(device)), model_class.__name__
     shown = f"{path.parent.name}/{path.name}"
-    if not path.is_file():
-        raise InputError(f"no checkpoint at {shown}: run the script with that name first")
     try:
+        if not path.is_file():
+            raise InputError(f"no checkpoint at {shown}: run the script with that name first")
         checkpoint = dict(tensors_from_bytes(path.read_bytes(), device))
         architecture = checkpoint["architecture"]
-        arguments, weights = checkpoint["arguments"], checkpoint["weights"]
+        arguments, weights = dict(checkpoint["arguments"]), dict(checkpoint["weights"])
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{shown} cannot be read ({error.strerror}): check its permissions") \
             from error
@@ -281,12 +299,22 @@ def load_checkpoint(path, model_class, device="cpu"):
         raise InputError(f"{shown} contains a model of class {architecture!r}, not {name}: "
                          "load it with the script that wrote it")
     try:
+        # A file can declare a model that would not fit into memory. So first compare the weights
+        # with an outline of it, on a device that stores no numbers.
+        layers = {key.split(".")[1] for key in weights if "layers." in key}
+        if len(layers) != arguments["num_layers"]:
+            raise ValueError(f"{len(layers)} layers")
+        with torch.device("meta"):
+            outline = model_class(**arguments).state_dict()
+        if {k: v.shape for k, v in outline.items()} != {k: v.shape for k, v in weights.items()}:
+            raise ValueError("other names or shapes")
+        finite = all(w.is_floating_point() and w.isfinite().all() for w in weights.values())
         model = model_class(**arguments).to(device).eval()
         model.load_state_dict(weights)
-    except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except Exception as error:  # what a file declares can raise anything
         raise InputError(f"{shown} does not fit this version of {name}: "
                          "delete it and train again") from error
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+    if not finite:
         raise InputError(f"{shown} contains weights that are NaN or infinite: delete it and train "
                          "again")
     return model
@@ -331,21 +359,52 @@ def evaluation_mode(model):
         model.train(was_training)
 
 
+class Output:
+    """Passes text on to `stream`. Drops what a full disk cannot take, so that the run goes on."""
+
+    def __init__(self, stream):
+        self.stream, self.is_full = stream, False
+
+    def attempt(self, function, *arguments):
+        try:
+            function(*arguments)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            self.is_full = True
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def run_script(main, answer=None):
     """Call `main()`, or `answer(words)` if words follow the script's name on the command line.
 
     InputError prints one line and exits with code 2; Ctrl-C prints one line and exits with 130.
-    Others keep their traceback (except BrokenPipeError): they come from code that a reader changed.
+    Other errors keep their traceback: they come from code that a reader has changed.
     """
     words = sys.argv[1:]
+    if signal.getsignal(signal.SIGINT) is stop_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    output = Output(sys.stdout) if sys.stdout is not None else None  # None: a shell has closed it
     try:
-        if not words:
-            main()
-        elif answer is not None:
-            answer(words)
-        else:
-            raise InputError(f"{Path(sys.argv[0]).name} takes no arguments: change the constants "
-                             "at the top of the file instead")
+        with contextlib.redirect_stdout(output):
+            if not words:
+                main()
+            elif answer is not None:
+                answer(words)
+            else:
+                raise InputError(f"{Path(sys.argv[0]).name} takes no arguments: change the "
+                                 "constants at the top of the file instead")
+            if output is not None:
+                output.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -354,3 +413,8 @@ def run_script(main, answer=None):
         sys.exit(130)
     except BrokenPipeError:  # the program that reads the output, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if output is not None and output.is_full:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("error: the disk was full, so output is missing: make room, or print to a terminal",
+              file=sys.stderr)
+        sys.exit(2)

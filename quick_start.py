@@ -27,12 +27,12 @@ screen), toy_dataset.py (the task), encoder_only.py, decoder_only.py, encoder_de
 import functools
 import time
 
+from housekeeping import CHECKPOINTS, check_constants, choose_device, run_script, save_model
 import torch
 
 import decoder_only
 import encoder_decoder
 import encoder_only
-from housekeeping import CHECKPOINTS, check_constants, choose_device, run_script, save_model
 from toy_dataset import VOCABULARY, create_dataloaders, print_examples
 
 # =====================================================================================

@@ -40,10 +40,10 @@ import math
 import random
 import zlib
 
+from housekeeping import InputError, check_constants, check_known, run_script
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from housekeeping import InputError, check_constants, check_known, run_script
 
 # =====================================================================================
 # LEGEND - the letters of all scripts; each script says what S and T are in it

@@ -38,6 +38,8 @@ import os
 import sys
 import time
 
+from housekeeping import (CHECKPOINTS, InputError, check_constants, check_finite, choose_device,
+                          run_script, save_model)
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -50,8 +52,6 @@ from bookkeeping import (TrainingState, append_to_log, load_unfinished, processe
                          remove_unfinished, save_unfinished, say, settings_of_run, world_size,
                          write_history)
 from decoder_only import lr_factor, show_strategies
-from housekeeping import (CHECKPOINTS, InputError, check_constants, check_finite, choose_device,
-                          run_script, save_model)
 from quick_start import ARCHITECTURES
 from toy_dataset import IGNORE_INDEX, VOCABULARY, collate_fn, create_dataloaders, to_device
 

@@ -11,9 +11,12 @@ READING ORDER   style -> models -> one function per figure, named after its file
 """
 import copy
 import csv
+import io
 import math
 from pathlib import Path
 
+from housekeeping import (CHECKPOINTS, InputError, check_constants, choose_device, run_script,
+                          write_atomically)
 import matplotlib
 
 matplotlib.use("Agg")  # draws into files, without a display
@@ -27,7 +30,6 @@ import encoder_decoder
 import encoder_only
 import train_all
 from bookkeeping import RUNS
-from housekeeping import CHECKPOINTS, InputError, check_constants, choose_device, run_script
 from quick_start import ARCHITECTURES
 from toy_dataset import (DIGITS, EOS, MASK, VOCABULARY, WORDS, collate_fn, create_dataloaders,
                          exact_match, make_item)
@@ -68,15 +70,15 @@ FIGURES = Path(__file__).resolve().parent / "figures"
 def save(figure, name, title):
     """Write figures/NAME.png with `title` at the top. Raises InputError if that fails."""
     figure.suptitle(title)
+    content = io.BytesIO()
+    # Without the software version, identical figures are identical files.
+    figure.savefig(content, metadata={"Software": None})
+    plt.close(figure)
     try:
-        FIGURES.mkdir(exist_ok=True)
-        # Without the software version, identical figures are identical files.
-        figure.savefig(FIGURES / f"{name}.png", metadata={"Software": None})
+        write_atomically(FIGURES / f"{name}.png", content.getvalue())
     except OSError as error:
         raise InputError(f"figures/{name}.png cannot be written ({error.strerror}): make figures/ "
                          "writable") from error
-    finally:
-        plt.close(figure)
     print(f"  figures/{name}.png   {title}", flush=True)
 
 
@@ -671,8 +673,7 @@ def main():
         raise InputError(f"SENTENCE={SENTENCE!r} must be digits separated by spaces: use '4 0 7'")
     torch.set_num_threads(NUM_THREADS)
     try:  # fails before any training
-        FIGURES.mkdir(exist_ok=True)
-        (FIGURES / ".writable").touch()
+        write_atomically(FIGURES / ".writable", b"")
         (FIGURES / ".writable").unlink()
     except OSError as error:
         raise InputError(f"cannot write to figures/ ({error.strerror}): make the folder "

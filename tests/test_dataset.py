@@ -1,5 +1,6 @@
 """The task: the inputs and labels of every model."""
 
+import inspect
 import random
 import zlib
 
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import MODELS, SCRIPTS
 from toy_dataset import (
     EOS,
     FIRST_ORDINARY,
@@ -24,8 +26,10 @@ from toy_dataset import (
     collate_fn,
     count_distinct,
     create_dataloaders,
+    exact_match,
     is_held_out,
     make_sequences,
+    to_device,
 )
 
 digit_rows = st.lists(
@@ -73,7 +77,7 @@ def test_decoding_inverts_encoding(ids):
     assert VOCABULARY.decode(torch.tensor(ids, dtype=torch.long)) == VOCABULARY.decode(ids)
 
 
-@given(st.integers().filter(lambda i: not 0 <= i < 26))
+@given(st.integers().filter(lambda i: not 0 <= i < 26) | st.sampled_from([-1, 26]))
 def test_an_id_outside_the_vocabulary_is_rejected(i):
     with pytest.raises(ValueError, match="outside the vocabulary"):
         VOCABULARY.decode([i])
@@ -220,3 +224,90 @@ def test_masks_hide_only_padding_and_labels_are_never_pad(rows):
 def test_data_that_cannot_be_made_is_rejected_by_name(options, words):
     with pytest.raises(ValueError, match=words):
         create_dataloaders(**options)
+
+
+def test_sequences_are_shuffled_and_the_split_is_ordered_by_length():
+    sequences = make_sequences(600, 4, 0)
+    lengths = [len(sequence) for sequence in sequences]
+    assert lengths != sorted(lengths)
+    dataset = NumberTranslationDataset(600, 4, 0)
+    assert [item["digits"] for item in dataset.items] == sequences
+    for indices in dataset.split(0.2):
+        lengths = [len(dataset.items[i]["digits"]) for i in indices]
+        assert lengths == sorted(lengths) and set(lengths) == {1, 2, 3, 4}
+
+
+def test_to_device_moves_tensors_and_keeps_strings():
+    batch = collate_fn(NumberTranslationDataset(5, 2, 0).items)
+    moved = to_device(batch, torch.device("meta"))
+    assert moved.keys() == batch.keys() and moved["words"] is batch["words"]
+    assert all(v.device.type == "meta" for v in moved.values() if torch.is_tensor(v))
+    assert sum(torch.is_tensor(v) for v in moved.values()) == 8
+
+
+def test_loaders_follow_their_arguments():
+    train_loader, val_loader = create_dataloaders(700, 3, 30, 4, 0.25)
+    dataset = NumberTranslationDataset(700, 3, 4)
+    training, validation = dataset.split(0.25)
+    assert list(train_loader.dataset) == [dataset[i] for i in training]
+    assert list(val_loader.dataset) == [dataset[i] for i in validation]
+    assert len(next(iter(train_loader))["source"]) == 30
+    assert len(next(iter(val_loader))["source"]) == 4 * 30  # no gradients, so it fits into memory
+    again, other = (create_dataloaders(700, 3, 30, seed, 0.25) for seed in (4, 5))
+    for loader, same in ((train_loader, again[0]), (val_loader, again[1])):
+        assert loader.generator.initial_seed() == same.generator.initial_seed() == 4
+    assert other[0].generator.initial_seed() == 5
+    assert [item["digits"] for item in other[0].dataset] != [
+        item["digits"] for item in train_loader.dataset
+    ]
+
+
+def test_a_batch_may_hold_all_training_rows_but_no_more():
+    size = len(create_dataloaders(200, 3, 1, 0)[0].dataset)
+    assert len(create_dataloaders(200, 3, size, 0)[0]) == 1
+    with pytest.raises(ValueError, match=f"BATCH_SIZE={size + 1}"):
+        create_dataloaders(200, 3, size + 1, 0)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.999])
+def test_a_split_with_an_empty_side_is_rejected(share):
+    with pytest.raises(ValueError, match="leaves"):
+        create_dataloaders(10, 1, 1, 0, share)
+
+
+def test_exact_match_is_the_fraction_of_equal_rows():
+    assert exact_match([["a"], ["b"], ["a", "b"]], [["a"], ["a"], ["a"]]) == pytest.approx(1 / 3)
+    assert exact_match([["a"]], [["a"]]) == 1.0
+
+
+def test_defaults_are_the_documented_ones():
+    def defaults(function):
+        parameters = inspect.signature(function).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    data = {"num_samples": 6000, "max_digits": 5, "seed": 0}
+    assert defaults(NumberTranslationDataset.__init__) == data
+    assert defaults(create_dataloaders) == {**data, "batch_size": 64, "validation_share": 0.1}
+    sizes = {"vocab_size": 26, "d_model": 64, "num_heads": 4, "num_layers": 2, "d_ff": 256,
+             "dropout": 0.0, "max_len": 64}  # fmt: skip
+    choices = {"temperature": 0.0, "top_k": None, "top_p": None, "repetition_penalty": 1.0}
+    for name, script in SCRIPTS.items():
+        assert defaults(MODELS[name].__init__) == sizes
+        assert defaults(MODELS[name].load) == {"device": "cpu"}
+        assert defaults(script.attention) == {"mask": None, "dropout": 0.0}
+        assert defaults(script.lr_factor) == {"final_factor": 0.05}
+        assert defaults(script.create_optimizer) == {"weight_decay": 0.01}
+        if name != "encoder_only":
+            assert defaults(MODELS[name].generate) == {
+                **choices, "use_cache": True, "stop_at": EOS, "generator": None
+            }  # fmt: skip
+            assert defaults(script.choose_next_token) == {**choices, "generator": None}
+            assert defaults(script.filter_logits) == {
+                "temperature": 1.0, "top_k": None, "top_p": None
+            }  # fmt: skip
+    rates = {"mask_share": 0.8, "random_share": 0.1, "min_rate": 0.15}
+    assert defaults(SCRIPTS["encoder_only"].mask_tokens) == {**rates, "generator": None}
+    assert defaults(SCRIPTS["encoder_only"].predict) == rates
+    assert defaults(MODELS["encoder_decoder"].beam_search) == {
+        "beam_width": 4, "length_penalty": 1.0, "max_new_tokens": 32, "trace": None
+    }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 
 import pytest
 import torch
@@ -221,6 +222,12 @@ class Attack:
         ("not numbers", "NaN or infinite"),
         ("other architecture", "DecoderOnlyTransformer"),
         ("other size", "does not fit"),
+        ("many layers", "does not fit"),
+        ("huge", "does not fit"),
+        ("d_model 0", "does not fit"),
+        ("missing weight", "does not fit"),
+        ("another weight", "does not fit"),
+        ("whole numbers", "NaN or infinite"),
         ("other arguments", "does not fit"),
         ("a folder", "no checkpoint"),
     ],
@@ -262,12 +269,30 @@ def test_an_invalid_checkpoint_is_rejected_in_one_line(
         MODELS["decoder_only"](d_model=16, num_heads=2).save(path)
     elif damage == "other size":
         torch.save({**good, "arguments": {**model.arguments, "d_model": 32}}, path)
+    elif damage in ("many layers", "huge", "d_model 0"):
+        declared = {
+            "many layers": {"num_layers": 1000},
+            "huge": {"d_model": 16384, "d_ff": 65536, "max_len": 10**6},
+            "d_model 0": {"d_model": 0},
+        }[damage]
+        torch.save({**good, "arguments": {**model.arguments, **declared}}, path)
+    elif damage in ("missing weight", "another weight", "whole numbers"):
+        weights = model.state_dict()
+        if damage == "missing weight":
+            del weights["final_norm.bias"]
+        elif damage == "another weight":
+            weights["more"] = torch.zeros(1)
+        else:
+            weights = {key: value.int() for key, value in weights.items()}
+        torch.save({**good, "weights": weights}, path)
     elif damage == "other arguments":
         torch.save({**good, "arguments": {"width": 16}}, path)
     elif damage == "a folder":
         path.mkdir()
+    start = time.perf_counter()
     with pytest.raises(ValueError, match=words) as error:
         MODELS["encoder_only"].load(path)
+    assert time.perf_counter() - start < 5  # a declared size costs neither time nor memory
     assert "\n" not in str(error.value)
     assert not (tmp_path / "pwned").exists()
 

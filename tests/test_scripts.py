@@ -7,7 +7,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -107,10 +106,13 @@ def test_a_failed_checkpoint_write_does_not_cost_the_result(script, workplace):
     assert "exact match" in done.stdout and "warning: could not save checkpoints/" in done.stdout
 
 
-@pytest.mark.skipif(
-    os.name == "nt" or (hasattr(os, "geteuid") and os.geteuid() == 0),
+needs_permissions = pytest.mark.skipif(
+    sys.platform != "linux" and getattr(os, "geteuid", lambda: 0)() == 0,
     reason="an administrator can write to a read-only folder",
 )
+
+
+@needs_permissions
 def test_a_read_only_folder_does_not_cost_the_result(workplace):
     workplace.set("decoder_only", **SMALL)
     folder = workplace.folder / "checkpoints"
@@ -118,6 +120,76 @@ def test_a_read_only_folder_does_not_cost_the_result(workplace):
     folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
     done = workplace.run("decoder_only")
     assert done.returncode == 0 and "warning: could not save" in done.stdout
+
+
+@needs_permissions
+def test_a_checkpoint_that_may_not_be_read_gives_one_line(workplace):
+    checkpoint = workplace.folder / "checkpoints" / "decoder_only.pt"
+    MODELS["decoder_only"](d_model=16, num_heads=2).save(checkpoint)
+    for path in (checkpoint, checkpoint.parent):
+        path.chmod(0)
+        done = workplace.run("decoder_only", "4")
+        path.chmod(stat.S_IRWXU)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert "decoder_only.pt cannot be read (Permission denied)" in done.stderr
+
+
+@needs_permissions
+def test_files_of_a_run_that_may_not_be_read_cost_nothing(workplace):
+    workplace.set("train_all", **SMALL, WARMUP_STEPS=1)
+    runs = workplace.folder / "runs"
+    runs.mkdir()
+    for name in ("unfinished.pt", "log.jsonl", "history.csv"):
+        (runs / name).write_text("{}")
+        (runs / name).chmod(0)
+    done = workplace.run("train_all")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "runs/unfinished.pt cannot be read" in done.stdout
+    assert "could not write runs/log.jsonl (Permission denied)" in done.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no /dev/full")
+@pytest.mark.parametrize("script", ["toy_dataset", "decoder_only"])
+def test_a_full_disk_for_the_output_gives_one_line(script, workplace):
+    if script == "decoder_only":
+        workplace.set(script, **SMALL)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, f"{script}.py"],
+            cwd=workplace.folder,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: the disk was full")
+    saved = workplace.folder / "checkpoints" / "decoder_only.pt"
+    assert saved.exists() == (script == "decoder_only")  # the trained model is not lost
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+@pytest.mark.parametrize("module", ["torch", "toy_dataset", "tqdm"])
+def test_ctrl_c_while_libraries_are_imported_prints_one_line(module, workplace):
+    """The signal is sent from inside the import of `module`, so the time does not matter."""
+    hook = f"""
+import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Hook:
+    def find_spec(self, name, *_):
+        if name == "{module}":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Hook())
+sys.argv = ["decoder_only.py"]
+runpy.run_path("decoder_only.py", run_name="__main__")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", hook],
+        cwd=workplace.folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 130 and done.stderr.strip() == "stopped by Ctrl-C"
+    assert done.stdout == ""
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
@@ -139,9 +211,8 @@ def test_ctrl_c_prints_one_line_and_keeps_saved_checkpoints(workplace):
         text=True,
     )
     for line in process.stdout:
-        if "1. Training" in line:
+        if "  epoch  1" in line:
             break
-    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130

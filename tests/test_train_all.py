@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from kill_and_resume import kill_and_resume, same_bits, weights
+from kill_and_resume import kill_and_resume, run_until, same_bits, weights
 
 import bookkeeping
 import train_all
@@ -422,19 +422,24 @@ def test_a_run_killed_repeatedly_ends_with_the_same_bits(tmp_path_factory):
     places = [Workplace(tmp_path_factory.mktemp("train")) for _ in range(2)]
     for place in places:
         place.set("train_all", **SMALL)
-    assert kill_and_resume(*places, kills=5, longest=2.5, seed=1)
+    # 9 steps per epoch, 18 per architecture, a save every second step
+    kills = [
+        ("in an epoch", 5),  # after the save of step 4
+        ("while writing", 1),
+        ("after a save", 2),
+        ("after a rename", 7),
+        ("between architectures", 1),
+        ("in an epoch", 13),  # in the second epoch of the next one
+        ("while writing", 9),
+        ("between architectures", 1),
+        ("after training", 1),
+    ]
+    assert kill_and_resume(*places, kills)
 
 
 def test_changed_constants_are_named_and_start_a_run_from_scratch(small):
     small.set("train_all", NUM_EPOCHS=40)
-    process = subprocess.Popen(
-        [sys.executable, "-u", "train_all.py"], cwd=small.folder, stdout=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if "epoch  3" in line:
-            break
-    process.kill()
-    process.communicate()
+    run_until(small, "after a save", 3)
     assert (small.folder / "runs" / "unfinished.pt").exists()
     small.set("train_all", NUM_EPOCHS=2, LEARNING_RATE=0.002, NUM_THREADS=2)
     first = run(small).stdout.splitlines()[0]
@@ -457,44 +462,27 @@ def test_changed_code_starts_a_run_from_scratch(small):
     small.set("train_all", NUM_EPOCHS=40)
     model, script = small.folder / "decoder_only.py", small.folder / "train_all.py"
 
-    def start_and_kill_in_epoch(number):
-        process = subprocess.Popen(
-            [sys.executable, "-u", "train_all.py"],
-            cwd=small.folder,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        first = process.stdout.readline()
-        for line in process.stdout:
-            if re.match(f"  epoch +{number} ", line):
-                break
-        process.kill()
-        process.communicate()
-        return first
+    def start_and_kill():
+        return run_until(small, "after a save", 2).splitlines()[0]
 
-    start_and_kill_in_epoch(2)
+    start_and_kill()
     small.set("train_all", NUM_THREADS=2)  # says how a run is carried out, not what it computes
-    assert start_and_kill_in_epoch(4).startswith("resuming the unfinished run: encoder-only")
+    assert start_and_kill().startswith("resuming the unfinished run: encoder-only")
     for path, old, new in (
         (model, "class DecoderLayer", "SOMETHING = 1\n\n\nclass DecoderLayer"),
         (script, "lr=LEARNING_RATE, fused", "lr=LEARNING_RATE, betas=(0.8, 0.99), fused"),
         (script, "SEED * 100_003", "SEED * 100_004"),
+        (small.folder / "toy_dataset.py", "random.Random(seed)", "random.Random(seed + 1)"),
+        (small.folder / "tiny_gpt.py", "import random", "import random  # any top-level script"),
     ):
         assert path.read_text().count(old) == 1
         path.write_text(path.read_text().replace(old, new))
-        first = start_and_kill_in_epoch(1)
+        first = start_and_kill()
         assert re.search(r"different settings \(CODE \w+ -> \w+\): starting from scratch", first)
 
 
 def test_a_run_killed_after_training_does_only_the_rest(small):
-    process = subprocess.Popen(
-        [sys.executable, "-u", "train_all.py"], cwd=small.folder, stdout=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if line.startswith("Every strategy"):
-            break
-    process.kill()
-    process.communicate()
+    run_until(small, "after training")
     done = run(small)
     first = done.stdout.splitlines()[0]
     assert first == "resuming the unfinished run: 3 of 3 architectures trained"
@@ -642,14 +630,7 @@ def test_a_run_resumes_with_another_number_of_processes(tmp_path_factory):
         place.set("train_all", **SMALL)
         place.set("train_all", NUM_EPOCHS=6)
     assert run(whole).returncode == 0
-    process = subprocess.Popen(
-        [sys.executable, "-u", "train_all.py"], cwd=moved.folder, stdout=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if line.startswith("  epoch  3"):
-            break
-    process.kill()
-    process.communicate()
+    run_until(moved, "in an epoch", 31)
     done = run(moved, processes=2)
     assert done.returncode == 0, done.stderr
     assert "resuming the unfinished run: encoder-only" in done.stdout

@@ -162,10 +162,8 @@ def test_exact_match_scores_the_output_of_translate(name, monkeypatch):
     assert verdicts == sorted(verdicts)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ["decoder_only", "encoder_decoder"])
 def test_stopping_too_early_or_too_late_is_a_mistake(name):
-    if name == "encoder_only":
-        pytest.skip("it is given the output length, so it cannot stop at the wrong place")
     script, model = SCRIPTS[name], MODELS[name](d_model=16, num_heads=2, num_layers=1)
     written = {
         "early": [20, 2],
