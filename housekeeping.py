@@ -145,7 +145,8 @@ def check_constants(constants):
     for name in RULES:
         if name in constants:
             check_value(name, constants[name])
-    check_sizes(get("D_MODEL", 2), get("NUM_HEADS", 1), ("D_MODEL", "NUM_HEADS"))
+    if "D_MODEL" in constants:
+        check_sizes(constants["D_MODEL"], get("NUM_HEADS", 1), ("D_MODEL", "NUM_HEADS"))
     if get("MASK_SHARE", 0) + get("RANDOM_SHARE", 0) > 1:
         raise InputError(f"MASK_SHARE={get('MASK_SHARE')} and RANDOM_SHARE={get('RANDOM_SHARE')} "
                          "sum to more than 1: use 0.8 and 0.1")

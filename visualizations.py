@@ -13,9 +13,8 @@ import copy
 import csv
 import io
 import math
-from pathlib import Path
 
-from housekeeping import (CHECKPOINTS, InputError, check_constants, choose_device, run_script,
+from housekeeping import (CHECKPOINTS, ROOT, InputError, check_constants, choose_device, run_script,
                           write_atomically)
 import matplotlib
 
@@ -64,14 +63,13 @@ OF = dict(zip(ARCHITECTURES, LINES))
 plt.rcParams.update({"figure.dpi": 100, "savefig.dpi": 100, "font.size": 10, "axes.titlesize": 11,
                      "figure.titlesize": 12, "axes.spines.top": False, "axes.spines.right": False,
                      "image.cmap": "viridis", "figure.constrained_layout.use": True})
-FIGURES = Path(__file__).resolve().parent / "figures"
+FIGURES = ROOT / "figures"
 
 
 def save(figure, name, title):
     """Write figures/NAME.png with `title` at the top. Raises InputError if that fails."""
     figure.suptitle(title)
-    content = io.BytesIO()
-    # Without the software version, identical figures are identical files.
+    content = io.BytesIO()  # without the software version, identical figures are identical files
     figure.savefig(content, metadata={"Software": None})
     plt.close(figure)
     try:
@@ -649,8 +647,9 @@ def three_models(models):
         best = heads[heads[:, :n, :n].diagonal(dim1=-2, dim2=-1).mean(-1).argmax()]
         allowed = torch.ones_like(best) if name == "encoder-only" else \
             decoder_only.causal_mask(len(best), len(inputs))[0, 0]
+        prompt = [VOCABULARY.encode([*digits, "<SEP>"])]
         outputs = encoder_only.translate(models[name], [digits])[0] if name == "encoder-only" else \
-            [*decoder_only.translate(models[name], [digits])[0], "<EOS>"]
+            VOCABULARY.decode(models[name].generate(prompt, n + 2)[0])
         draw_links(axis, title, inputs, outputs, allowed.tolist(), best.tolist(), color)
     written, heads = encoder_decoder.cross_attention(models["encoder-decoder"], digits)
     heads = heads.flatten(0, 1)  # (layers * H, T, S)

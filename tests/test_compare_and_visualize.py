@@ -128,9 +128,7 @@ def test_each_ablation_removes_the_component_it_names():
             model.load_state_dict(plain.state_dict())
             change(model)
             assert not torch.allclose(model(tokens), before)
-            prompt = [
-                [10, 6, 4]
-            ]  # the changed model generates the same with and without a cache
+            prompt = [[10, 6, 4]]  # the changed model generates the same with and without a cache
             assert model.generate(prompt, 5) == model.generate(prompt, 5, use_cache=False)
         scores = []
         model = MODELS["decoder_only"](d_model=16, num_heads=2).eval()
@@ -273,9 +271,7 @@ def test_masked_and_allowed_cells_have_different_colors():
     visual.plt.close(figure)
 
 
-def test_a_checkpoint_is_shown_with_its_own_constants(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_checkpoint_is_shown_with_its_own_constants(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(visual, "CHECKPOINTS", tmp_path)
     monkeypatch.setattr(
         visual, "train_small", lambda name: (random_model(name.replace("-", "_")), {}, None)
@@ -341,9 +337,7 @@ def test_scoring_picks_the_digit_with_the_most_likely_words(name):
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "noise", "other columns"])
-def test_an_unreadable_history_gives_no_curves(
-    damage, tmp_path, monkeypatch
-):
+def test_an_unreadable_history_gives_no_curves(damage, tmp_path, monkeypatch):
     monkeypatch.setattr(visual, "RUNS", tmp_path)
     good = "architecture,step,loss,exact_match\n" + "".join(
         f"{name},1,0.5,0.5\n" for name in ARCHITECTURES
@@ -364,6 +358,7 @@ def test_an_unreadable_history_gives_no_curves(
     else:
         (tmp_path / "history.csv").write_text(content[damage])
     assert visual.curves_of_last_run() is None
+
 
 # --- what the comparison really trains and measures -------------------------------------------
 @pytest.fixture
@@ -488,6 +483,7 @@ def test_training_for_comparisons_equals_plain_steps(name):
         loader = create_dataloaders(300, 4, 100, 0)[0]
         torch.manual_seed(3)
         if not by_hand:
+
             def watch(step, loss, seconds, model=model):
                 watched.append((step, loss))
                 model.eval()  # as after an evaluation
@@ -572,6 +568,16 @@ def test_the_similarity_figure_shows_the_trained_model_and_an_untrained_one(figu
         own.append(image[:10, 10:].diagonal().mean().item())
     assert title.endswith(f"{own[0]:+.2f} before, {own[1]:+.2f} after")
     assert "from somewhere" in texts(figure)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_front_page_figure_survives_models_that_write_anything(seed, figures):
+    torch.manual_seed(seed)
+    models = {name: model.float() for name, model in by_architecture().items()}
+    visual.three_models(models)
+    shown = texts(figures["three_models"][0])
+    written = models["decoder-only"].generate([[10, 6, 13, 4]], 5)[0]
+    assert set(VOCABULARY.decode(written)) <= shown
 
 
 def test_the_parameter_figure_counts_the_given_models(figures):

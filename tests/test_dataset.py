@@ -115,9 +115,7 @@ def test_training_and_validation_share_no_sequence():
 
 @given(digit_rows, st.floats(0.01, 0.5), st.floats(0.01, 0.5))
 @settings(deadline=None)
-def test_held_out_sets_depend_on_the_digits_and_are_nested(
-    rows, one, other
-):
+def test_held_out_sets_depend_on_the_digits_and_are_nested(rows, one, other):
     for digits in rows:
         held_out = is_held_out(digits, min(one, other))
         assert held_out == is_held_out(list(digits), min(one, other))

@@ -541,3 +541,17 @@ def test_translate_rejects_empty_and_malformed_input(name):
     assert (
         len(SCRIPTS[name].translate(model, [["4", "x"], ["7"]])) == 2
     )  # an unknown token is read as <UNK>
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_generation_ends_as_soon_as_every_row_has_ended(name):
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model, steps = random_model(name), []
+        with torch.no_grad():
+            model.output.weight[EOS] *= 2
+        rows = model.generate(PROMPTS, 25)
+        layers = getattr(model, "layers", None) or model.decoder_layers
+        layers[0].register_forward_pre_hook(lambda *_, steps=steps: steps.append(1))
+        assert model.generate(PROMPTS, 25) == rows
+        assert len(steps) == max(map(len, rows))

@@ -232,9 +232,7 @@ class Attack:
         ("a folder", "no checkpoint"),
     ],
 )
-def test_an_invalid_checkpoint_is_rejected_in_one_line(
-    damage, words, tmp_path, monkeypatch
-):
+def test_an_invalid_checkpoint_is_rejected_in_one_line(damage, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "model.pt"
     model = MODELS["encoder_only"](d_model=16, num_heads=2, num_layers=1, d_ff=32)

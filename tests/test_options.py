@@ -380,8 +380,9 @@ def test_every_constant_of_an_architecture_reaches_its_place(name, places, monke
     assert {key: arguments[key] for key in MODEL} == MODEL
     assert seeds.all("manual_seed", "seed")[0] == 5 and threads == [2]
     assert watch.all("choose_device", "name") == ["cpu"]
-    rates, steps = watch.all("create_optimizer", "learning_rate"), len(
-        watch.calls["train_epoch"][0]["loader"]
+    rates, steps = (
+        watch.all("create_optimizer", "learning_rate"),
+        len(watch.calls["train_epoch"][0]["loader"]),
     )
     assert rates[0] == 0.0123 and set(watch.all("create_optimizer", "warmup_steps")) == {3}
     assert watch.all("create_optimizer", "total_steps")[0] == 2 * steps
@@ -467,3 +468,47 @@ def test_every_constant_of_train_all_reaches_its_place(places, monkeypatch, caps
     one = train_all.epoch_groups(99, 0)
     monkeypatch.setattr(train_all, "SEED", 6)
     assert train_all.epoch_groups(99, 0) != one and orders.calls["epoch_groups"]
+
+
+# --- small numbers that decide ---------------------------------------------------------
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_penalty_acts_from_the_first_written_token(name):
+    choose = SCRIPTS[name].choose_next_token
+    nothing, first = torch.empty(1, 0, dtype=torch.long), torch.tensor([[0]])
+    for row in ([0.5, 0.4, -3.0], [-0.4, -0.5, -3.0], [7.0, 4.0, -3.0]):
+        logits = torch.tensor([row])
+        assert choose(logits, nothing, repetition_penalty=2.0).item() == 0
+        assert choose(logits, first, repetition_penalty=2.0).item() == 1
+        assert choose(logits, first).item() == 0
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_large_logits_do_not_overflow_at_a_low_temperature(name):
+    logits = torch.tensor([[3e38, 2e38, -3e38]])
+    filtered = SCRIPTS[name].filter_logits(logits, 0.01, top_k=2, top_p=0.9)
+    assert filtered.softmax(-1).tolist() == [[1.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_top_p_stops_as_soon_as_p_is_reached(name):
+    logits = torch.tensor([[0.5, 0.25, 0.25]]).double().log2()  # exact: halves and quarters
+    logits = logits * math.log(2.0)
+    kept = SCRIPTS[name].filter_logits(logits, top_p=0.5) > -math.inf
+    assert kept.tolist() == [[True, False, False]]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("options", [{"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_filters_reject_values_that_leave_nothing(name, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        SCRIPTS[name].filter_logits(torch.randn(2, 5), **options)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_checkpoint_holds_the_trained_weights_and_nothing_else(name):
+    model = MODELS[name](d_model=16, num_heads=2, num_layers=1)
+    trained = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    assert set(model.state_dict()) == trained
+    assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    if name == "encoder_only":
+        assert not model.output.bias.any()

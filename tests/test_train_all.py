@@ -244,9 +244,7 @@ def test_a_step_that_overflows_is_skipped_and_halves_the_scale():
 @pytest.mark.parametrize(
     "rows, batch_size, accumulation", [(100, 8, 3), (7, 32, 2), (64, 32, 2), (65, 32, 2), (5, 1, 4)]
 )
-def test_an_epoch_uses_each_row_once_in_bounded_groups(
-    rows, batch_size, accumulation, monkeypatch
-):
+def test_an_epoch_uses_each_row_once_in_bounded_groups(rows, batch_size, accumulation, monkeypatch):
     monkeypatch.setattr(train_all, "BATCH_SIZE", batch_size)
     monkeypatch.setattr(train_all, "ACCUMULATION_STEPS", accumulation)
     groups = train_all.epoch_groups(rows, 0)
@@ -514,9 +512,7 @@ def test_a_nan_gradient_stops_training_before_changing_the_weights(bad):
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage" * 50, "cut", "flipped bit", "a folder"])
-def test_a_damaged_resume_file_is_reported_and_costs_no_model(
-    small, content
-):
+def test_a_damaged_resume_file_is_reported_and_costs_no_model(small, content):
     (small.folder / "runs").mkdir()
     path = small.folder / "runs" / "unfinished.pt"
     if content == "flipped bit":
@@ -738,3 +734,94 @@ def test_same_bits_detects_different_weights(tmp_path):
             )
     one, two, three = (weights(tmp_path / folder) for folder in ("a", "b", "c"))
     assert same_bits(one, two) and not same_bits(one, three)
+
+
+# --- seeds, and the optimizer's arguments ------------------------------------------------
+def test_every_micro_batch_and_epoch_has_its_own_seed(monkeypatch):
+    seeds, orders = set(), set()
+    for seed in (0, 1, 7, 2**63 - 1):
+        monkeypatch.setattr(train_all, "SEED", seed)
+        for step in range(60):
+            for number in range(9):
+                train_all.seed_micro_batch(step, number)
+                seeds.add(torch.initial_seed())
+        for epoch in range(20):
+            orders.add(str(train_all.epoch_groups(40, epoch)))
+    assert len(seeds) == 4 * 60 * 9 and len(orders) == 4 * 20
+
+
+def test_the_optimizer_of_larger_models_uses_the_constants(monkeypatch):
+    values = {"LEARNING_RATE": 0.04, "MIN_LEARNING_RATE": 0.01, "WARMUP_STEPS": 4}
+    for name, value in {**values, "WEIGHT_DECAY": 0.25}.items():
+        monkeypatch.setattr(train_all, name, value)
+    model = MODELS["decoder_only"](d_model=16, num_heads=2)
+    optimizer, scheduler = train_all.create_optimizer(model, 20)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.0]
+    assert optimizer.defaults["fused"] and optimizer.defaults["betas"] == (0.9, 0.999)
+    rates = []
+    for _ in range(20):
+        rates.append(scheduler.get_last_lr())
+        optimizer.step()
+        scheduler.step()
+    assert rates[:4] == [pytest.approx([0.01 * n] * 2) for n in (1, 2, 3, 4)]
+    assert rates[-1] == pytest.approx([0.01] * 2)  # the lowest rate, not a product of two
+
+
+def test_a_step_starts_from_gradients_of_zero():
+    torch.manual_seed(0)
+    model = MODELS["decoder_only"](d_model=16, num_heads=2, num_layers=1).train()
+    optimizer = KeepGradients(model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    norms = [
+        train_all.train_step(
+            SCRIPTS["decoder_only"], model, ITEMS, [[0, 1]], 3, optimizer, scheduler, scaler
+        )[1]
+        for _ in range(2)
+    ]
+    assert norms[0] == pytest.approx(norms[1]) and scheduler.last_epoch == 2
+
+
+def test_training_saves_on_schedule_and_records_each_epoch(monkeypatch):
+    for name, value in {"NUM_EPOCHS": 2, "RESUME_EVERY": 3, "BATCH_SIZE": 35}.items():
+        monkeypatch.setattr(train_all, name, value)
+    model, state = new_training()
+    loader, saves = create_dataloaders(100, 3, 10, 0)[1], []
+
+    def save():
+        saves.append((len(state.record["steps"]), state.epoch, state.group))
+
+    train_all.train(SCRIPTS["decoder_only"], model, state, ITEMS, loader, save)
+    # Five steps per epoch: a save after every third step, and after each epoch but the last.
+    assert saves == [(3, 0, 3), (5, 1, 0), (6, 1, 1), (9, 1, 4)]
+    assert (state.epoch, state.group) == (2, 0)
+    result = SCRIPTS["decoder_only"].evaluate(model, loader)
+    rows = state.record["history"]
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 5), (2, 10)]
+    assert rows[1]["validation_loss"] == pytest.approx(result["loss"], rel=1e-5)
+    assert rows[1]["accuracy"] == pytest.approx(result["accuracy"])
+    assert rows[1]["exact_match"] == result["exact_match"]
+    rates = [rate for _, rate, *_ in state.record["steps"]]
+    assert rates == pytest.approx(
+        [
+            train_all.LEARNING_RATE
+            * train_all.lr_factor(
+                step,
+                100,
+                train_all.WARMUP_STEPS,
+                train_all.MIN_LEARNING_RATE / train_all.LEARNING_RATE,
+            )
+            for step in range(10)
+        ]
+    )
+
+
+def test_a_nan_loss_in_a_step_names_the_step():
+    model, state = new_training()
+    with torch.no_grad():
+        model.embedding.weight[7] = math.nan
+    optimizer, scheduler, scaler = (state.parts[n] for n in ("optimizer", "scheduler", "scaler"))
+    with pytest.raises(ValueError, match="the loss became nan at step 7"):
+        train_all.train_step(
+            SCRIPTS["decoder_only"], model, ITEMS, [[0, 1]], 7, optimizer, scheduler, scaler
+        )

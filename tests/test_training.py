@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import encoder_only
-from conftest import MODELS, ROOT, SCRIPTS
+from conftest import MODELS, ROOT, SCRIPTS, random_model
 from housekeeping import RULES, check_constants
 from toy_dataset import (
     FIRST_ORDINARY,
@@ -17,6 +17,7 @@ from toy_dataset import (
     SEP,
     VOCABULARY,
     WORD_OF,
+    collate_fn,
     create_dataloaders,
     pad_rows,
 )
@@ -341,3 +342,85 @@ def test_every_constant_in_a_constants_block_has_a_rule(script):
         kind, *limits = RULES.get(name, (bool,))
         if limits:
             check_constants({name: limits[2]} | ({"D_MODEL": 64} if name == "NUM_HEADS" else {}))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@torch.no_grad()
+def test_evaluation_returns_the_numbers_computed_by_hand(name):
+    """Row by row, with the loss and accuracy of each label and a comparison of each answer."""
+    script, model = SCRIPTS[name], random_model(name).float()
+    if name == "encoder_only":
+        model.output.bias[VOCABULARY.ids["four"]] += 20  # so that some answers are correct
+    loader = create_dataloaders(150, 3, 5, 0)[1]
+    loss, correct, labels, exact = 0.0, 0, 0, []
+    for item in loader.dataset:
+        batch = collate_fn([item])
+        logits, targets = script.predict(model, batch)
+        for position, label in zip(logits[0], targets[0].tolist()):
+            if label != IGNORE_INDEX:
+                loss -= position.log_softmax(-1)[label].item()
+                correct += position.argmax().item() == label
+                labels += 1
+        exact.append(script.translate(model, [item["digits"]])[0] == item["words"])
+    result = script.evaluate(model, loader)
+    assert 0 < correct < labels
+    assert result["loss"] == pytest.approx(loss / labels, rel=1e-5)
+    assert result["accuracy"] == pytest.approx(correct / labels)
+    assert result["exact_match"] == pytest.approx(sum(exact) / len(exact))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_learning_rate_follows_the_documented_curve(name):
+    """11 steps of decay from 1 to the last factor: half a cosine."""
+    factors = [SCRIPTS[name].lr_factor(step, 15, 4, 0.2) for step in range(18)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    for step in range(4, 15):
+        cosine = math.cos(math.pi * (step - 4) / 10)
+        assert factors[step] == pytest.approx(0.2 + 0.8 * (1 + cosine) / 2)
+    assert factors[9] == pytest.approx(0.6) and factors[14:] == pytest.approx([0.2] * 4)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_epoch_trains_in_training_mode(name):
+    model = MODELS[name](d_model=16, num_heads=2, num_layers=1).eval()
+    loader = create_dataloaders(100, 3, 32, 0)[0]
+    optimizer, scheduler = SCRIPTS[name].create_optimizer(model, 1e-3, 9, 2)
+    modes = []
+
+    def loss(model, batch):
+        modes.append(model.training)
+        return SCRIPTS[name].compute_loss(model, batch)
+
+    SCRIPTS[name].train_epoch(model, loader, optimizer, scheduler, 1.0, loss)
+    assert modes == [True] * len(loader)
+    assert optimizer.defaults["fused"]  # one kernel for all parameters
+
+
+@torch.no_grad()
+def test_the_most_uncertain_prefix_is_found_by_brute_force():
+    model = random_model("decoder_only").float()
+    loader = create_dataloaders(150, 3, 5, 0)[1]
+    entropies = {}
+    for item in loader.dataset:
+        row = item["source"] + [SEP] + item["target"]
+        for end in range(len(item["source"]) + 1, len(row) + 1):
+            p = model(torch.tensor([row[:end]]))[0, -1].softmax(-1)
+            entropies[tuple(row[:end])] = -(p * p.log()).sum().item()
+    best = max(entropies, key=entropies.get)
+    found = SCRIPTS["decoder_only"].most_uncertain(model, loader)
+    assert found == VOCABULARY.decode(list(best))
+
+
+def test_timing_generates_with_and_without_the_cache(monkeypatch):
+    model, calls = random_model("decoder_only"), []
+    generate = model.generate
+
+    def record(prompts, count, use_cache=True, stop_at=2):
+        calls.append((count, use_cache, stop_at))
+        return generate(prompts, count, use_cache=use_cache, stop_at=stop_at)
+
+    model.generate = record
+    seconds = SCRIPTS["decoder_only"].time_generation(model, (3, 9), rounds=2)
+    assert calls[1:] == [(n, use_cache, None) for n in (3, 9) for use_cache in (True, False) * 2]
+    assert [len(seconds[use_cache]) for use_cache in (True, False)] == [2, 2]
+    assert all(0 < s < 60 for both in seconds.values() for s in both)

@@ -31,9 +31,7 @@ def sinusoids():
 def model_with_random_weights(name):
     sizes = {"num_layers": LAYERS, "d_ff": D_FF, "max_len": MAX_LEN}
     model = random_weights(MODELS[name](V, D, H, **sizes))
-    torch.testing.assert_close(
-        model.positional_encoding.table, sinusoids(), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(model.positional_encoding.table, sinusoids(), atol=1e-6, rtol=0)
     model.positional_encoding.table = sinusoids()  # the same table without float32 rounding
     return model
 
@@ -108,9 +106,7 @@ def logits_and_real(name, model):
 def test_a_whole_model_equals_one_built_from_torch_nn(name):
     model = model_with_random_weights(name)
     logits, real = logits_and_real(name, model)
-    torch.testing.assert_close(
-        logits[real], expected_logits(name, model)[real], atol=1e-10, rtol=0
-    )
+    torch.testing.assert_close(logits[real], expected_logits(name, model)[real], atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -216,7 +212,10 @@ def test_a_rejected_call_leaves_the_mode_as_it_was(name):
 
 
 def test_the_vocabulary_is_spelled_out():
-    assert VOCABULARY.tokens == (
-        "<PAD> <SOS> <EOS> <UNK> <SEP> <MASK> 0 1 2 3 4 5 6 7 8 9 "
-        "zero one two three four five six seven eight nine"
-    ).split()
+    assert (
+        VOCABULARY.tokens
+        == (
+            "<PAD> <SOS> <EOS> <UNK> <SEP> <MASK> 0 1 2 3 4 5 6 7 8 9 "
+            "zero one two three four five six seven eight nine"
+        ).split()
+    )
