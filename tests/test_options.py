@@ -512,3 +512,56 @@ def test_a_checkpoint_holds_the_trained_weights_and_nothing_else(name):
     assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.2)
     if name == "encoder_only":
         assert not model.output.bias.any()
+
+
+def test_masking_uses_its_generator_and_no_other():
+    tokens = collate_fn(NumberTranslationDataset(60, 4, 0).items)["pair"]
+    state = torch.get_rng_state()
+    first, again = (encoder_only.mask_tokens(tokens, generator=seeded(3)) for _ in range(2))
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(encoder_only.mask_tokens(tokens, generator=seeded(4))[0], first[0])
+    words, labels = encoder_only.corrupt_one_word(tokens, seeded(3))
+    assert torch.equal(words, encoder_only.corrupt_one_word(tokens, seeded(3))[0])
+    assert torch.equal(torch.get_rng_state(), state) and 0 < labels.sum() < 60
+
+
+def test_a_wrong_word_is_any_of_the_other_nine():
+    row = VOCABULARY.encode("7 <SEP> seven")
+    corrupted, labels = encoder_only.corrupt_one_word(torch.tensor([row] * 600), seeded())
+    wrong = VOCABULARY.decode(sorted(set(corrupted[labels == 0][:, 2].tolist())))
+    assert wrong == "zero one two three four five six eight nine".split()
+
+
+@torch.no_grad()
+def test_translating_back_fills_the_digits_in_front():
+    model = random_model("encoder_only")
+    rows = [["four", "zero", "seven"], ["nine"]]
+    masked = [["<MASK>"] * len(row) + ["<SEP>", *row] for row in rows]
+    expected = []
+    for row in masked:
+        best = model(torch.tensor([VOCABULARY.encode(row)]))[0].argmax(-1)
+        expected.append(VOCABULARY.decode(best[: len(row) // 2]))
+    assert encoder_only.translate_back(model, rows) == expected
+    with pytest.raises(ValueError, match="cannot be translated"):
+        encoder_only.translate_back(model, ["four"])
+
+
+@pytest.mark.parametrize("name", ["encoder_only", "decoder_only"])
+@torch.no_grad()
+def test_a_mask_that_is_given_is_used(name):
+    model, tokens = random_model(name), torch.tensor([[10, 6, 13, 4]])
+    mask = torch.tensor([True, False, True, True])[None, None, None]
+    other = torch.tensor([[10, 9, 13, 4]])  # differs only where nothing may attend
+    torch.testing.assert_close(model(tokens, mask)[:, 2:], model(other, mask)[:, 2:])
+    assert not torch.allclose(model(tokens, mask)[:, 2:], model(tokens)[:, 2:])
+
+
+@torch.no_grad()
+def test_a_source_mask_that_is_given_is_used():
+    model = random_model("encoder_decoder")
+    source, target = torch.tensor([[10, 6, 13]]), torch.tensor([[1, 20]])
+    mask = torch.tensor([True, False, True])[None, None, None]
+    other = torch.tensor([[10, 9, 13]])
+    torch.testing.assert_close(model(source, target, mask), model(other, target, mask))
+    assert not torch.allclose(model(source, target, mask), model(source, target))
