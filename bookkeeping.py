@@ -22,7 +22,8 @@ import types
 import torch
 import torch.distributed as dist
 
-from housekeeping import ROOT, code_hash, tensors_from_bytes, tensors_to_bytes, write_atomically
+from housekeeping import (ROOT, check_finite, code_hash, tensors_from_bytes, tensors_to_bytes,
+                          write_atomically)
 
 RUNS = ROOT / "runs"
 UNFINISHED = RUNS / "unfinished.pt"
@@ -101,6 +102,7 @@ class TrainingState:
 
     def add_epoch(self, row, num_steps, weights):
         """Record an epoch of `num_steps` steps. If it is the best, keep `weights`, return True."""
+        check_finite(row["validation_loss"], row["step"], "validation loss")
         steps = self.record["steps"][-num_steps:]
         norms = [norm for _, _, _, norm, _ in steps if math.isfinite(norm)]
         row["learning_rate"] = steps[-1][1]
@@ -154,11 +156,12 @@ def load_unfinished(settings, device):
             for leftover in folder.glob("*.tmp"):
                 with contextlib.suppress(OSError):
                     leftover.unlink()
-        if UNFINISHED.exists():
-            try:
-                content = UNFINISHED.read_bytes()
-            except OSError:
-                content = b""  # reported below, in all processes
+        try:
+            content = UNFINISHED.read_bytes()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            content = error.strerror  # reported below, in all processes
     if world_size() > 1:  # each machine has its own runs/; only the first machine's file is used
         box = [content]
         dist.broadcast_object_list(box, src=0, device=device if device.type == "cuda" else None)
@@ -167,20 +170,25 @@ def load_unfinished(settings, device):
         say("no unfinished run: starting from scratch")
         return {}, None
     try:
+        if isinstance(content, str):
+            raise OSError(content)
         saved = tensors_from_bytes(content, device)
-        before, done, progress = saved["settings"], saved["done"], saved["progress"]
+        before, done, progress = dict(saved["settings"]), dict(saved["done"]), saved["progress"]
+        changed = differences(before, settings)
         place = f"{len(done)} of 3 architectures trained" if progress is None else (
             f"{progress['architecture']}, epoch {progress['epoch'] + 1}, "
             f"after {progress['group']} steps")
+        reason = f"the unfinished run had different settings ({changed})" if changed else None
     except Exception as error:  # a damaged file can raise anything
-        say(f"runs/unfinished.pt cannot be read ({type(error).__name__}): starting from scratch")
-        return {}, None
-    if before != settings:
+        why = content if isinstance(content, str) else type(error).__name__
+        reason = f"runs/unfinished.pt cannot be read ({why})"
+    if reason is not None:
+        kept = ""
         if rank() == 0:
             with contextlib.suppress(OSError):
                 UNFINISHED.replace(RUNS / "unfinished.old.pt")
-        say(f"the unfinished run had different settings ({differences(before, settings)}): "
-            "starting from scratch; it is kept as runs/unfinished.old.pt")
+                kept = "; it is kept as runs/unfinished.old.pt"
+        say(f"{reason}: starting from scratch{kept}")
         return {}, None
     say(f"resuming the unfinished run: {place}")
     return done, progress
@@ -229,21 +237,27 @@ def append_to_log(settings, scores, seconds):
 
     scores: {architecture: exact match}
     """
-    path, runs = RUNS / "log.jsonl", []
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
+    path, runs, text, skipped = RUNS / "log.jsonl", [], "", 0
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            text = path.read_text(encoding="ascii", errors="replace")
+    for line in text.splitlines()[-100:]:
         try:
             run = json.loads(line)
             exact = {name: float(value) for name, value in run["exact_match"].items()}
-            runs.append((dict(run["settings"]), exact, float(run["seconds"])))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            print("warning: a line of runs/log.jsonl cannot be read and is skipped")
+            before = {ascii(name)[1:-1]: value for name, value in run["settings"].items()}
+            runs.append((before, exact, float(run["seconds"])))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            skipped += 1
+    if skipped:
+        print(f"warning: {skipped} lines of runs/log.jsonl cannot be read and are skipped")
     try:
         RUNS.mkdir(exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise OSError(0, "not a file")
         with open(path, "a", encoding="utf-8") as file:
+            # A run that was killed while it wrote leaves a line without an end.
+            file.write("\n" * (text != "" and not text.endswith("\n")))
             file.write(json.dumps({"settings": settings, "exact_match": scores,
                                    "seconds": round(seconds, 1)}) + "\n")
     except OSError as error:
@@ -251,7 +265,8 @@ def append_to_log(settings, scores, seconds):
     print("\nExact match of the last runs, and how their settings differed from this run's")
     print("  " + "  ".join(f"{name:>15s}" for name in scores) + "   seconds   settings")
     for before, exact, took in runs[-4:] + [(settings, scores, seconds)]:
-        difference = differences(settings, before).replace(" -> ", " was ") or "the same settings"
+        difference = ascii(differences(settings, before).replace(" -> ", " was "))[1:-1] \
+            or "the same settings"
         print("  " + "  ".join(f"{exact.get(name, math.nan):15.1%}" for name in scores)
               + f"   {took:7.1f}   {'this run' if before is settings else difference}")
 
@@ -276,7 +291,11 @@ def profiler(name, steps, device):
         trace = RUNS / f"trace_{name.replace('-', '_')}.json"
         try:
             RUNS.mkdir(exist_ok=True)
-            profile.export_chrome_trace(str(trace))
+            temporary = trace.with_suffix(".tmp")
+            profile.export_chrome_trace(str(temporary))  # which reports no full disk
+            if not temporary.read_bytes().rstrip().endswith(b"}"):
+                raise OSError("incomplete")
+            temporary.replace(trace)
             written = f"trace in runs/{trace.name}"
         except (OSError, RuntimeError):
             written = f"warning: could not write runs/{trace.name}"

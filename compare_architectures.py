@@ -26,7 +26,8 @@ import random
 import statistics
 import time
 
-from housekeeping import CHECKPOINTS, InputError, check_constants, choose_device, run_script
+from housekeeping import (CHECKPOINTS, InputError, check_comparison, check_constants,
+                          choose_device, run_script)
 import torch
 from torch.utils.data import DataLoader
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -562,12 +563,11 @@ def show_choices():
 def main():
     check_constants(globals())
     torch.set_num_threads(NUM_THREADS)
-    device = choose_device(DEVICE)
-    loaders()  # fails before any work if the data cannot be made
+    check_comparison(globals(), len(loaders()[0].dataset))
     models = {}
     for name, (_, model_class, file) in ARCHITECTURES.items():
         try:
-            models[name] = model_class.load(CHECKPOINTS / file, device).eval()
+            models[name] = model_class.load(CHECKPOINTS / file, DEVICE)
             size = models[name].arguments
             print(f"{name}: from checkpoints/{file}, d_model {size['d_model']}, "
                   f"{size['num_layers']} layers")

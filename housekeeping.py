@@ -59,7 +59,8 @@ RULES = {
     "NUM_EPOCHS": (int, 1, 10 ** 6, 4), "FINETUNE_EPOCHS": (int, 1, 10 ** 6, 4),
     "TRAIN_EPOCHS": (int, 1, 10 ** 6, 3), "NUM_STEPS": (int, 1, 10 ** 6, 500),
     "ABLATION_STEPS": (int, 1, 10 ** 6, 250), "UNDERTRAINED_STEPS": (int, 1, 10 ** 6, 60),
-    "FEW_STEPS": (int, 1, 10 ** 6, 300), "FEW_SEQUENCES": (tuple,), "ABLATION_LAYERS": (tuple,),
+    "FEW_STEPS": (int, 1, 10 ** 6, 300), "FEW_SEQUENCES": (tuple, 1, 10 ** 6, (50, 200)),
+    "ABLATION_LAYERS": (tuple, 1, 1000, (2, 8)),
     "LEARNING_RATE": (float, 1e-9, 1e30, 0.003), "MIN_LEARNING_RATE": (float, 0, 1e30, 5e-5),
     "FINETUNE_LEARNING_RATE": (float, 1e-9, 1e30, 0.001), "WARMUP_STEPS": (int, 0, 10 ** 6, 40),
     "CLIP_NORM": (float, 1e-9, 1e30, 1.0), "WEIGHT_DECAY": (float, 0, 1, 0.01),
@@ -67,6 +68,7 @@ RULES = {
     "GRADIENT_CHECKPOINTING": (bool,), "COMPILE": (bool,), "FUSED_ATTENTION": (bool,),
     # variations
     "FULL": (bool,), "UPTRAINING_EPOCHS": (int, 1, 10 ** 6, 1), "TILE": (int, 1, 10 ** 6, 64),
+    "CLIP": (int, 1, 1000, 2),
     # the run
     "SEED": (int, 0, 2 ** 63 - 1, 0), "NUM_THREADS": (int, 1, 1024, 1),
     "NUM_EXAMPLES": (int, 1, 10 ** 6, 4), "RESUME_EVERY": (int, 1, 10 ** 9, 50),
@@ -84,10 +86,11 @@ def check_value(name, value):
     """Raise InputError unless the rule for `name` allows `value`."""
     kind, *limits = RULES.get(name) or RULES[name.upper()]
     if kind is tuple:
+        lowest, highest, example = limits
         if not isinstance(value, tuple) or not value or not all(
-                type(one) is int and 1 <= one <= 5000 for one in value):
-            raise InputError(f"{name}={value!r} is not a tuple of whole numbers from 1 to 5000: "
-                             "use one such as (2, 8)")
+                type(one) is int and lowest <= one <= highest for one in value):
+            raise InputError(f"{name}={value!r} is not a tuple of whole numbers from {lowest} to "
+                             f"{highest}: use one such as {example}")
         return
     if kind is bool or isinstance(kind, tuple):
         allowed = (True, False) if kind is bool else kind
@@ -95,8 +98,9 @@ def check_value(name, value):
             raise InputError(f"{name}={value!r} is invalid: use {' or '.join(map(repr, allowed))}")
         return
     lowest, highest, example = limits
-    # bool is a subclass of int: without this test, NUM_LAYERS=True would build one layer.
-    if isinstance(value, bool) or not isinstance(value, (int, kind)):
+    # subtle: isinstance would accept True, a subclass of int, and numpy's float64, which a file of
+    # plain values cannot hold.
+    if type(value) not in (int, kind):
         raise InputError(f"{name}={value!r} is not {KIND[kind]}: use one such as {example}")
     if not lowest <= value <= highest:  # NaN fails this test too
         shown = value if isinstance(value, float) or abs(value) < 10 ** 20 else "(a huge number)"
@@ -163,6 +167,16 @@ def check_constants(constants):
         check_compiler(device)
 
 
+def check_comparison(constants, num_training):
+    """Raise InputError unless compare_architectures.py can run all its sections."""
+    if constants["MAX_DIGITS"] < 3:
+        raise InputError(f"MAX_DIGITS={constants['MAX_DIGITS']}: section 6 masks the second of "
+                         "three digits: use 3 or more")
+    if max(constants["FEW_SEQUENCES"]) > num_training:
+        raise InputError(f"FEW_SEQUENCES={constants['FEW_SEQUENCES']}: there are only "
+                         f"{num_training} training sequences: use fewer, or raise NUM_SAMPLES")
+
+
 def choose_device(name):
     """Return the torch.device `name`, such as "cpu". Raises InputError if it is not available."""
     available = ["cpu"]
@@ -221,6 +235,13 @@ def check_sequences(sequences):
                              'as [["4", "0", "7"], ["9"]]')
 
 
+def check_strings(tokens):
+    """Raise InputError unless all `tokens` are strings: 4 would be read as an unknown token."""
+    for token in tokens:
+        if not isinstance(token, str):
+            raise InputError(f"{token!r} is not a token: use a string such as '4'")
+
+
 def check_known(tokens, known, example):
     """Raise InputError if one of `tokens` is not in `known`."""
     for token in tokens:
@@ -273,8 +294,20 @@ def tensors_from_bytes(content, device="cpu"):
     return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
 
 
+def usable(weights):
+    """Return True if a model can compute with `weights`. 1e10 is far above what training makes."""
+    return all(w.is_floating_point() and w.abs().max() < 1e10 for w in weights.values())
+
+
 def save_checkpoint(path, model):
-    """Write the class name, arguments, and weights of `model` to `path`, or raise OSError."""
+    """Write the class name, arguments, and weights of `model` to `path`, or raise OSError.
+
+    Raises InputError for weights that are NaN or huge. The last step of a training can make them,
+    and the old file may be better.
+    """
+    if not usable(model.state_dict()):
+        raise InputError("training has ended with weights that are NaN or huge, which are not "
+                         "saved: try a tenth of LEARNING_RATE")
     write_atomically(path, tensors_to_bytes({
         "architecture": type(model).__name__, "arguments": model.arguments,
         "weights": model.state_dict()}))
@@ -299,7 +332,7 @@ def load_checkpoint(path, model_class, device="cpu"):
         raise InputError(f"{shown} is damaged or not a checkpoint ({type(error).__name__}): "
                          "delete it and train again") from error
     if architecture != name:
-        raise InputError(f"{shown} contains a model of class {architecture!r}, not {name}: "
+        raise InputError(f"{shown} contains a model of class {architecture!a}, not {name}: "
                          "load it with the script that wrote it")
     try:
         # A file can declare a model that would not fit into memory. So first compare the weights
@@ -311,15 +344,15 @@ def load_checkpoint(path, model_class, device="cpu"):
             outline = model_class(**arguments).state_dict()
         if {k: v.shape for k, v in outline.items()} != {k: v.shape for k, v in weights.items()}:
             raise ValueError("other names or shapes")
-        finite = all(w.is_floating_point() and w.isfinite().all() for w in weights.values())
+        is_usable = usable(weights)
         model = model_class(**arguments).to(device).eval()
         model.load_state_dict(weights)
     except Exception as error:  # what a file declares can raise anything
         raise InputError(f"{shown} does not fit this version of {name}: "
                          "delete it and train again") from error
-    if not finite:
-        raise InputError(f"{shown} contains weights that are NaN or infinite: delete it and train "
-                         "again")
+    if not is_usable:
+        raise InputError(f"{shown} contains weights that are not numbers, or huge: delete it and "
+                         "train again")
     return model
 
 
@@ -339,13 +372,14 @@ def code_hash(script, constants):
     """Return 8 hex digits that change with any top-level script.
 
     The lines of `script` that set `constants` are left out, because a run compares their values.
+    scratch.py is the reader's own.
     """
     digest = hashlib.sha256()
-    for path in sorted(ROOT.glob("*.py")):
+    for path in sorted(set(ROOT.glob("*.py")) - {ROOT / "scratch.py"}):
         content = path.read_bytes()
         if path.name == Path(script).name:
             names = b"|".join(name.encode() for name in constants)
-            content = re.sub(rb"(?m)^(?:%s) = .*$" % names, b"", content)
+            content = re.sub(rb"(?m)^(?:%s) = [^;\n]*$" % names, b"", content)
         digest.update(path.name.encode() + content)
     return digest.hexdigest()[:8]
 
@@ -369,6 +403,7 @@ class Output:
         self.stream, self.is_full = stream, False
 
     def attempt(self, function, *arguments):
+        """Call `function`, and note if the disk is full."""
         try:
             function(*arguments)
         except OSError as error:
@@ -377,10 +412,12 @@ class Output:
             self.is_full = True
 
     def write(self, text):
+        """Write `text`, or drop it."""
         self.attempt(self.stream.write, text)
         return len(text)
 
     def flush(self):
+        """Write what is buffered, or drop it."""
         self.attempt(self.stream.flush)
 
     def __getattr__(self, name):
@@ -396,6 +433,8 @@ def run_script(main, answer=None):
     words = sys.argv[1:]
     if signal.getsignal(signal.SIGINT) is stop_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stderr is None:  # a shell has closed it, but progress bars need it
+        sys.stderr = open(os.devnull, "w")
     output = Output(sys.stdout) if sys.stdout is not None else None  # None: a shell has closed it
     try:
         with contextlib.redirect_stdout(output):

@@ -40,7 +40,8 @@ import math
 import random
 import zlib
 
-from housekeeping import InputError, check_constants, check_known, run_script
+from housekeeping import (InputError, check_arguments, check_constants, check_known, check_strings,
+                          run_script)
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -104,13 +105,13 @@ class Vocabulary:
 
     def encode(self, tokens):
         """Return the ids of `tokens`: a list of tokens, or one string with spaces between them."""
-        if isinstance(tokens, str):
-            tokens = tokens.split()
+        tokens = tokens.split() if isinstance(tokens, str) else tokens
+        check_strings(tokens)
         return [self.ids.get(token, UNK) for token in tokens]
 
     def decode(self, ids):
         """Return the tokens of `ids`, a list or 1-D tensor. Raises InputError for an unknown id."""
-        ids = [int(i) for i in ids]
+        ids = ids.tolist() if torch.is_tensor(ids) else ids
         if not all(0 <= i < len(self) for i in ids):  # a negative index would count from the end
             raise InputError(f"{ids} has an id outside the vocabulary: use 0 to {len(self) - 1}")
         return [self.tokens[i] for i in ids]
@@ -163,7 +164,7 @@ def make_item(digits):
     """
     check_known(digits, DIGITS, "4 0 7")
     words = [WORD_OF[digit] for digit in digits]
-    return {"digits": digits, "source": VOCABULARY.encode(digits),
+    return {"digits": digits, "source": VOCABULARY.encode(list(digits)),
             "words": words, "target": VOCABULARY.encode(words)}
 
 
@@ -204,7 +205,7 @@ def pad_rows(rows, value):
                                                    [15,  0,  0]]
     """
     longest = max(len(row) for row in rows)
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])  # (B, longest)
+    return torch.tensor([[*row] + [value] * (longest - len(row)) for row in rows])  # (B, longest)
 
 
 def padding_mask(tokens):
@@ -280,12 +281,12 @@ def to_device(batch, device):
 
 def create_dataloaders(num_samples=6000, max_digits=5, batch_size=64, seed=0, validation_share=0.1):
     """Return (training, validation) loaders over disjoint sequences. The first one shuffles."""
+    check_arguments(**locals())
     dataset = NumberTranslationDataset(num_samples, max_digits, seed)
     training, validation = dataset.split(validation_share)
     if not validation or not training:
         raise InputError(f"NUM_SAMPLES={num_samples} with VALIDATION_SHARE={validation_share} "
-                         f"leaves {len(training)} sequences for training and {len(validation)} for "
-                         "validation: use 100 samples or more and a share of 0.1")
+                         f"leaves {len(training)} and {len(validation)} sequences: use 100 and 0.1")
     if batch_size > len(training):
         raise InputError(f"BATCH_SIZE={batch_size} is larger than the {len(training)} training "
                          f"sequences: use {len(training)} or less, or raise "
@@ -349,8 +350,7 @@ def print_masks(batch, row):
 def main():
     """Print the vocabulary, the data, and one batch.
 
-    In the first table of labels, the label of the last word is <EOS>, which teaches the model to
-    stop. In the second one, the prompt is read but not scored.
+    In both tables of labels, <EOS> teaches the model to stop. The prompt is read but not scored.
     """
     check_constants(globals())
     train_loader, val_loader = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED,

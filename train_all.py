@@ -360,9 +360,8 @@ def train_architecture(name, device, settings, done, progress):
             write_history([*done.values(), state.record])
 
     train(script, model, state, items, val_loader, save)
-    record = {**state.record, "parameters": num_parameters, "saved": False, "best_weights": None}
+    record = {**state.record, "parameters": num_parameters, "saved": False}
     if rank() == 0:
-        # Until training ends, the file still holds the model from the previous run.
         plain_model.load_state_dict(state.record["best_weights"])
         record["saved"] = save_model(plain_model, CHECKPOINTS / file)
         write_history([*done.values(), record])
@@ -406,7 +405,7 @@ STRATEGIES_OF = {"encoder-only": {"fill all masks": {}}, "decoder-only": STRATEG
 
 
 def show_inference(device, done, num_examples=200):
-    """Print the results of each saved model with each strategy.
+    """Print the results of each model with each strategy, with the weights of its best epoch.
 
     The models were not trained on these sequences, but the best epoch was selected on them. So the
     comparison of strategies is fair, but the scores are slightly too high. For unbiased scores,
@@ -416,13 +415,14 @@ def show_inference(device, done, num_examples=200):
     held_out = list(val_loader.dataset)
     items = held_out[::max(1, len(held_out) // num_examples)]  # they are ordered by length
     digits, words = [item["digits"] for item in items], [item["words"] for item in items]
-    print(f"\nEvery strategy on {len(items)} held-out sequences, with the saved models")
+    print(f"\nEvery strategy on {len(items)} held-out sequences, with the best weights")
     for name, strategies in STRATEGIES_OF.items():
         script, model_class, file = ARCHITECTURES[name]
-        print(f" {name}" + ("" if done[name]["saved"] else ": it could not be saved"))
-        if done[name]["saved"]:
-            model = model_class.load(CHECKPOINTS / file, device)
-            show_strategies(script.translate, model, digits, words, strategies, SEED)
+        model = model_class(len(VOCABULARY), D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF).to(device).eval()
+        model.load_state_dict(done[name]["best_weights"])
+        print(f" {name}")
+        done[name]["saved"] = done[name]["saved"] or save_model(model, CHECKPOINTS / file)
+        show_strategies(script.translate, model, digits, words, strategies, SEED)
 
 
 def check():

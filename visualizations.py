@@ -75,8 +75,7 @@ def save(figure, name, title):
     try:
         write_atomically(FIGURES / f"{name}.png", content.getvalue())
     except OSError as error:
-        raise InputError(f"figures/{name}.png cannot be written ({error.strerror}): make figures/ "
-                         "writable") from error
+        raise InputError(f"cannot write figures/{name}.png ({error.strerror}): check it") from error
     print(f"  figures/{name}.png   {title}", flush=True)
 
 
@@ -475,11 +474,11 @@ def curves_of_last_run():
             with open(RUNS / file, newline="", encoding="utf-8") as lines:
                 for row in csv.DictReader(lines):
                     point = int(row["step"]), float(row[column.replace(" ", "_")])
+                    int(sum(point))  # raises for NaN, infinite, and huge values
                     curves[row["architecture"]][column].append(point)
-    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, csv.Error):
         return None
-    complete = all(points for both in curves.values() for points in both.values())
-    return curves if complete else None
+    return curves if all(points for both in curves.values() for points in both.values()) else None
 
 
 def learning_curves(curves):
@@ -670,6 +669,7 @@ def main():
     if not isinstance(SENTENCE, str) or not SENTENCE.split() \
             or not set(SENTENCE.split()) <= set(DIGITS):
         raise InputError(f"SENTENCE={SENTENCE!r} must be digits separated by spaces: use '4 0 7'")
+    train_all.check()  # a figure shows its learning rate
     torch.set_num_threads(NUM_THREADS)
     try:  # fails before any training
         write_atomically(FIGURES / ".writable", b"")

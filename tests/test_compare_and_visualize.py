@@ -201,6 +201,28 @@ def test_the_comparison_and_the_figures_check_their_constants(script, monkeypatc
     assert "NUM_HEADS=3" in refused(module, monkeypatch, capsys, NUM_HEADS=3)
 
 
+@pytest.mark.parametrize(
+    "constants, words",
+    [
+        ({"MAX_DIGITS": 2, "NUM_SAMPLES": 110}, "MAX_DIGITS=2: section 6"),
+        ({"FEW_SEQUENCES": (5000,), "NUM_SAMPLES": 600}, "FEW_SEQUENCES=(5000,): there are only"),
+        ({"ABLATION_LAYERS": (2, 1001)}, "ABLATION_LAYERS=(2, 1001)"),
+    ],
+)
+def test_the_comparison_rejects_what_a_late_section_cannot_use(
+    constants, words, monkeypatch, capsys
+):
+    assert words in refused(compare, monkeypatch, capsys, **constants)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("LEARNING_RATE", "a"), ("LEARNING_RATE", 0), ("WARMUP_STEPS", 10**6)]
+)
+def test_the_figures_check_the_constants_that_they_show(name, value, monkeypatch, capsys):
+    monkeypatch.setattr(train_all, name, value)
+    assert name in refused(visual, monkeypatch, capsys)
+
+
 def test_a_sentence_that_is_not_digits_is_rejected(monkeypatch, capsys):
     assert "SENTENCE='four'" in refused(visual, monkeypatch, capsys, SENTENCE="four")
     assert "SENTENCE=407" in refused(visual, monkeypatch, capsys, SENTENCE=407)
@@ -336,7 +358,7 @@ def test_scoring_picks_the_digit_with_the_most_likely_words(name):
     assert compare.digit_by_scoring(name, model, digits, 1, words) == best
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "noise", "other columns"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "noise", "other columns", "huge"])
 def test_an_unreadable_history_gives_no_curves(damage, tmp_path, monkeypatch):
     monkeypatch.setattr(visual, "RUNS", tmp_path)
     good = "architecture,step,loss,exact_match\n" + "".join(
@@ -352,6 +374,7 @@ def test_an_unreadable_history_gives_no_curves(damage, tmp_path, monkeypatch):
         "truncated": good[: len(good) // 2],
         "noise": "\x00\x01 noise\n" * 9,
         "other columns": good.replace("exact_match", "score"),
+        "huge": good.replace(",1,0.5", f",{10**400},0.5"),
     }
     if damage == "missing":
         (tmp_path / "history.csv").unlink()

@@ -1,6 +1,7 @@
 """The task: the inputs and labels of every model."""
 
 import inspect
+import math
 import random
 import zlib
 
@@ -28,6 +29,7 @@ from toy_dataset import (
     create_dataloaders,
     exact_match,
     is_held_out,
+    make_item,
     make_sequences,
     to_device,
 )
@@ -267,7 +269,7 @@ def test_a_batch_may_hold_all_training_rows_but_no_more():
         create_dataloaders(200, 3, size + 1, 0)
 
 
-@pytest.mark.parametrize("share", [0.001, 0.999])
+@pytest.mark.parametrize("share", [0.001, 0.99])
 def test_a_split_with_an_empty_side_is_rejected(share):
     with pytest.raises(ValueError, match="leaves"):
         create_dataloaders(10, 1, 1, 0, share)
@@ -309,3 +311,36 @@ def test_defaults_are_the_documented_ones():
     assert defaults(MODELS["encoder_decoder"].beam_search) == {
         "beam_width": 4, "length_penalty": 1.0, "max_new_tokens": 32, "trace": None
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [[4, 0, 7], [None], [4.0], ["4", 0]])
+def test_tokens_that_are_no_strings_are_rejected(tokens):
+    with pytest.raises(ValueError, match="is not a token: use a string"):
+        VOCABULARY.encode(tokens)
+
+
+@pytest.mark.parametrize("ids", [[1.9], [None], ["4"], torch.tensor([3.7])])
+def test_ids_that_are_no_whole_numbers_are_rejected(ids):
+    with pytest.raises((TypeError, ValueError)):
+        VOCABULARY.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_samples": 10.5},
+        {"num_samples": -1},
+        {"max_digits": 19},
+        {"batch_size": None},
+        {"seed": "a"},
+        {"validation_share": math.nan},
+    ],
+)
+def test_arguments_of_the_loaders_are_checked(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        create_dataloaders(**options)
+
+
+def test_a_string_of_digits_is_a_list_of_digits():
+    item = make_item("407")
+    assert item["source"] == [10, 6, 13] and item["words"] == ["four", "zero", "seven"]
