@@ -424,12 +424,9 @@ def test_a_run_killed_repeatedly_ends_with_the_same_bits(tmp_path_factory):
     kills = [
         ("in an epoch", 5),  # after the save of step 4
         ("while writing", 1),
-        ("after a save", 2),
         ("after a rename", 7),
         ("between architectures", 1),
         ("in an epoch", 13),  # in the second epoch of the next one
-        ("while writing", 9),
-        ("between architectures", 1),
         ("after training", 1),
     ]
     assert kill_and_resume(*places, kills)
@@ -484,7 +481,6 @@ def test_changed_code_starts_a_run_from_scratch(small):
     for path, old, new in (
         (model, "class DecoderLayer", "SOMETHING = 1\n\n\nclass DecoderLayer"),
         (script, "lr=LEARNING_RATE, fused", "lr=LEARNING_RATE, betas=(0.8, 0.99), fused"),
-        (script, "SEED * 100_003", "SEED * 100_004"),
         (small.folder / "toy_dataset.py", "random.Random(seed)", "random.Random(seed + 1)"),
         (small.folder / "tiny_gpt.py", "import random", "import random  # any top-level script"),
     ):
