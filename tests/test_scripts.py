@@ -1,7 +1,9 @@
 """Every script as a user runs it: its documented results, and its messages about mistakes."""
 
 import importlib
+import math
 import os
+import random
 import re
 import signal
 import stat
@@ -253,7 +255,9 @@ def test_tiny_gpt_fits_90_lines_and_reaches_98_percent(workplace):
     assert len((workplace.folder / "tiny_gpt.py").read_text(encoding="utf-8").splitlines()) <= 90
     done = workplace.run("tiny_gpt")
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert percentages(done.stdout, "exact match on 511 held-out numbers")[0] >= 98.0
+    assert 98.0 <= percentages(done.stdout, "exact match on 511 held-out numbers")[0] <= 100.0
+    steps = re.findall(r"^step (\d+)   loss \d\.\d{4}$", done.stdout, flags=re.MULTILINE)
+    assert steps == ["100", "200", "300", "400", "500", "600", "700"]
     examples = re.findall(r"^([\d ]+) = ([a-z ]+) \.$", done.stdout, flags=re.MULTILINE)
     assert [len(digits.split()) for digits, _ in examples] == [1, 2, 3, 4, 5]
     assert [[WORD_OF[d] for d in digits.split()] for digits, _ in examples] == [
@@ -261,10 +265,21 @@ def test_tiny_gpt_fits_90_lines_and_reaches_98_percent(workplace):
     ]
 
 
-def test_tiny_gpt_equals_the_decoder_only_transformer(capsys):
+def test_tiny_gpt_equals_the_decoder_only_transformer(capsys, monkeypatch):
+    """After two steps. It also shows that nothing held out is trained on, and no score is faked."""
+    drawn, choices = [], random.choices
+    monkeypatch.setattr(
+        random, "choices", lambda rows, k: drawn.extend(rows) or choices(rows, k=k)
+    )
     source = (ROOT / "tiny_gpt.py").read_text(encoding="utf-8").replace("= 0, 700, ", "= 3, 2, ")
     tiny = {}
     exec(compile(source, "tiny_gpt.py", "exec"), tiny)
+    held_out = {number for rows in tiny["NUMBERS"] for number in rows[: len(rows) // 10]}
+    assert len(drawn) > 0 and not held_out & set(drawn)
+    assert len(tiny["TOKENS"]) == 22 == len(set(tiny["TOKENS"]))
+    assert sum(tiny["correct"]) < 0.1 * len(tiny["correct"]) == 51.1  # two steps teach little
+    assert tiny["optimizer"].param_groups[0]["lr"] == 0  # the last step of the schedule
+    assert tiny["loss"].item() == pytest.approx(math.log(22), abs=0.3)  # a guess at first
     ours = MODELS["decoder_only"](
         vocab_size=len(tiny["TOKENS"]),
         d_model=tiny["D"],
