@@ -565,3 +565,21 @@ def test_a_source_mask_that_is_given_is_used():
     other = torch.tensor([[10, 9, 13]])
     torch.testing.assert_close(model(source, target, mask), model(other, target, mask))
     assert not torch.allclose(model(source, target, mask), model(source, target))
+
+
+@torch.no_grad()
+def test_the_encoder_masks_padding_without_being_told_to():
+    model = random_model("encoder_decoder")
+    source = torch.tensor([[10, 6, 13, 9], [7, 8, 0, 0]])
+    memory, weights = model.encode(source)
+    torch.testing.assert_close(memory[1:, :2], model.encode(source[1:, :2])[0])
+    torch.testing.assert_close(memory, model.encode(source, (source != 0)[:, None, None])[0])
+    assert [tuple(layer.shape) for layer in weights] == [(2, 2, 4, 4)] * 2
+    assert all((layer[1, ..., 2:] == 0).all() and (layer[0] > 0).all() for layer in weights)
+
+
+def test_beam_search_may_use_every_position_but_no_more():
+    model = random_model("encoder_decoder", max_len=9)
+    assert max(len(h.tokens) for h in model.beam_search([[6] * 9], 3, 1.0, 9)[0]) == 9
+    with pytest.raises(ValueError, match="max_len=9"):
+        model.beam_search([[6]], 3, 1.0, 10)
