@@ -263,7 +263,7 @@ def test_the_best_weights_stay_when_later_epochs_are_worse():
     for exact, value, better in ((0.5, 1.0, True), (0.9, 2.0, True), (0.4, 3.0, False)):
         torch.nn.init.constant_(layer.weight, value)
         state.record["steps"] += [[0, 0.1, 1.0, 1.0, 10], [1, 0.1, 4.0, 1.0, 30]]
-        row = {"exact_match": exact, "validation_loss": 1.0}
+        row = {"exact_match": exact, "validation_loss": 1.0, "step": 2}
         assert state.add_epoch(row, 2, layer.state_dict()) == better
     torch.nn.init.constant_(layer.weight, 9.0)  # the weights kept must be a copy
     assert state.record["best_weights"]["weight"].item() == 2.0
