@@ -67,8 +67,8 @@ RULES = {
     "LABEL_SMOOTHING": (float, 0, 0.99, 0.1), "PRECISION": (("float32", "bfloat16", "float16"),),
     "GRADIENT_CHECKPOINTING": (bool,), "COMPILE": (bool,), "FUSED_ATTENTION": (bool,),
     # variations
-    "FULL": (bool,), "UPTRAINING_EPOCHS": (int, 1, 10 ** 6, 1), "TILE": (int, 1, 10 ** 6, 64),
-    "CLIP": (int, 1, 1000, 2),
+    "FULL": (bool,), "UPTRAINING_EPOCHS": (int, 1, 10 ** 6, 1), "TILE": (int, 8, 10 ** 6, 64),
+    "CLIP": (int, 1, 1000, 2), "UPTRAINING_RATE": (float, 1e-9, 1e30, 0.001),
     # the run
     "SEED": (int, 0, 2 ** 63 - 1, 0), "NUM_THREADS": (int, 1, 1024, 1),
     "NUM_EXAMPLES": (int, 1, 10 ** 6, 4), "RESUME_EVERY": (int, 1, 10 ** 9, 50),

@@ -1,7 +1,7 @@
 """Set every constant of every script to bad values: is each rejected in one line, before any work?
 
-    python tests/bad_constants.py            (about 10 minutes; prints a row for each script)
-    python tests/bad_constants.py decoder_only
+    python tests/bad_constants.py            (about 20 minutes; prints a row for each script)
+    python tests/bad_constants.py decoder_only variations/alibi
 
 Not collected by pytest. A case is
 
@@ -50,8 +50,9 @@ def constants_of(script):
 
 
 WORKER = """
-import contextlib, importlib, io, math, sys
-script = importlib.import_module(sys.argv[1])
+import contextlib, importlib, io, math, pathlib, sys
+sys.path[:0] = ["variations", "."]
+script = importlib.import_module(pathlib.Path(sys.argv[1]).name)
 from housekeeping import run_script
 
 class Started(BaseException):
@@ -133,12 +134,12 @@ def slow(script, name, value):
 
 
 def main():
-    scripts = sys.argv[1:] or [
-        path.stem for path in sorted(ROOT.glob("*.py")) if constants_of(path.stem)
-    ]
+    files = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("variations/*.py"))]
+    names = [path.relative_to(ROOT).with_suffix("").as_posix() for path in files]
+    scripts = sys.argv[1:] or [name for name in names if constants_of(name)]
     kinds = ("clean", "accepted", "late", "traceback", "hang")
     totals = dict.fromkeys(kinds, 0)
-    print(f"{'script':24s}{'constants':>10s}{'cases':>7s}" + "".join(f"{k:>11s}" for k in kinds))
+    print(f"{'script':34s}{'constants':>10s}{'cases':>7s}" + "".join(f"{k:>11s}" for k in kinds))
     for script in scripts:
         names = [name for name, _ in constants_of(script)]
         cases = [(name, value) for name in names for value in BAD]
@@ -149,7 +150,7 @@ def main():
         outcomes = [outcome or next(decided) for outcome in outcomes]
         counts = {kind: outcomes.count(kind) for kind in kinds}
         print(
-            f"{script:24s}{len(names):10d}{len(cases):7d}"
+            f"{script:34s}{len(names):10d}{len(cases):7d}"
             + "".join(f"{counts[kind]:11d}" for kind in kinds),
             flush=True,
         )
@@ -157,7 +158,7 @@ def main():
             totals[outcome] += 1
             if outcome in kinds[2:]:
                 print(f"    {outcome}: {name} = {value}", flush=True)
-    print(f"{'all':24s}{'':17s}" + "".join(f"{totals[kind]:11d}" for kind in kinds))
+    print(f"{'all':34s}{'':17s}" + "".join(f"{totals[kind]:11d}" for kind in kinds))
     sys.exit(any(totals[kind] for kind in kinds[2:]))
 
 

@@ -75,8 +75,10 @@ class Workplace:
 
     def __init__(self, folder):
         self.folder = folder
-        for script in ROOT.glob("*.py"):
-            (folder / script.name).write_text(script.read_text(encoding="utf-8"), encoding="utf-8")
+        for script in [*ROOT.glob("*.py"), *ROOT.glob("variations/*.py")]:
+            copy = folder / script.relative_to(ROOT)
+            copy.parent.mkdir(exist_ok=True)
+            copy.write_text(script.read_text(encoding="utf-8"), encoding="utf-8")
 
     def set(self, script, **constants):
         path = self.folder / f"{script}.py"

@@ -1,7 +1,8 @@
 """Plant common mistakes in a copy, one at a time: does a test fail for each?
 
-    python tests/planted_mistakes.py            (about 15 minutes; prints a row for each mistake)
-    python tests/planted_mistakes.py guide      the same with mistakes in the guide
+    python tests/planted_mistakes.py                 (about 20 minutes; a row for each mistake)
+    python tests/planted_mistakes.py variations      the same with mistakes in variations/
+    python tests/planted_mistakes.py guide           the same with mistakes in the guide
 
 Not collected by pytest. A mistake is a text to find and its replacement, applied to every script
 that has it.
@@ -385,6 +386,130 @@ FAST_TESTS = [
     "not run_of and not small_budgets",
 ]
 
+MISTAKES_IN_VARIATIONS = [
+    (
+        "longer: distances without a sign",
+        "(distances.clamp(-CLIP, CLIP) + CLIP)",
+        "(distances.abs().clamp(-CLIP, CLIP) + CLIP)",
+    ),
+    (
+        "longer: vectors not divided by sqrt(K)",
+        "queries @ self.table.T / math.sqrt(self.head_dim)",
+        "queries @ self.table.T",
+    ),
+    (
+        "longer: the count does not restart",
+        "columns - middle, super()",
+        "columns, super()",
+    ),
+    ("longer: source positions of the target", "if self.is_cross else here", "if False else here"),
+    (
+        "longer: <EOS> missing in the source",
+        '"source": item["source"] + [EOS]}',
+        '"source": item["source"]}',
+    ),
+    (
+        "longer: cached positions off by one",
+        "self.positions[:, start:self.length] = positions",
+        "self.positions[:, start:self.length] = positions + (start > 0)",
+    ),
+    (
+        "rotary: keys not rotated",
+        "keys = rotate(self.split_heads(self.w_k(memory)), self.rotary.angles)",
+        "keys = self.split_heads(self.w_k(memory))",
+    ),
+    (
+        "rotary: queries not rotated",
+        "queries = rotate(self.split_heads(self.w_q(x)), self.rotary.angles)",
+        "queries = self.split_heads(self.w_q(x))",
+    ),
+    ("rotary: pairs from two halves", "x[..., 0::2], x[..., 1::2]", "x.chunk(2, -1)"),
+    (
+        "rotary: half the speed",
+        "10000.0 ** (-pairs / head_dim)",
+        "10000.0 ** (-pairs / head_dim) / 2",
+    ),
+    ("rotary: positions multiplied", "/ self.interpolation", "* self.interpolation"),
+    (
+        "ALiBi: slopes of the next power",
+        "2 ** math.floor(math.log2(num_heads))",
+        "2 ** math.ceil(math.log2(num_heads))",
+    ),
+    ("ALiBi: other slopes in between", "range(0, 2 * power, 2)", "range(1, 2 * power, 2)"),
+    (
+        "ALiBi: a single query at position 0",
+        "torch.arange(keys - queries, keys)[:, None]",
+        "torch.arange(queries)[:, None]",
+    ),
+    (
+        "ALiBi: distance is rewarded",
+        "scores = scores - penalty",
+        "scores = scores + penalty",
+    ),
+    (
+        "grouped: means of every second head",
+        "value.view(key_heads, heads // key_heads, -1, *value.shape[1:])",
+        "value.view(heads // key_heads, key_heads, -1, *value.shape[1:]).transpose(0, 1)",
+    ),
+    (
+        "grouped: a cache for all heads",
+        "num_heads=self.key_heads, head_dim",
+        "num_heads=self.num_heads, head_dim",
+    ),
+    ("latent: divided by the root of its size", " * (self.latent_dim / self.head_dim) ** 0.5", ""),
+    ("latent: values expanded like keys", "up_v = self.w_v.weight", "up_v = self.w_k.weight"),
+    (
+        "latent: only the new latents are used",
+        "latents = cache.append(latents)",
+        "cache.append(latents)",
+    ),
+    ("window: one too long", "(distance < self.window)", "(distance <= self.window)"),
+    (
+        "window: none for a single token",
+        "mask = near if mask is None else",
+        "mask = None if mask is None else",
+    ),
+    (
+        "window: the oldest entries are kept",
+        "= keys[:, :, -used:]",
+        "= keys[:, :, :used]",
+    ),
+    ("window: mask of the first columns", "mask[..., -total:]", "mask[..., :total]"),
+    ("tiles: the sum is not rescaled", "total = total * shrink +", "total = total +"),
+    (
+        "tiles: the average is not rescaled",
+        "weighted = weighted * shrink +",
+        "weighted = weighted +",
+    ),
+    (
+        "tiles: nothing to attend to is NaN",
+        "base = new_largest.masked_fill(new_largest == -math.inf, 0.0)",
+        "base = new_largest",
+    ),
+    ("tiles: gradient without the sum", "(d_weights - sums[:, :, rows])", "d_weights"),
+    (
+        "tiles: all in one tile",
+        "[slice(start, start + TILE) for start in range(0, length, TILE)]",
+        "[slice(0, length)]",
+    ),
+    (
+        "modern: epsilon outside the root",
+        "torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps)",
+        "(torch.sqrt((x * x).mean(-1, keepdim=True)) + self.eps)",
+    ),
+    (
+        "modern: gate and value swapped",
+        "F.silu(self.gate(x)) * self.widen(x)",
+        "self.gate(x) * F.silu(self.widen(x))",
+    ),
+    (
+        "modern: keys not rotated",
+        "rotate(self.split_keys(self.w_k(memory)), self.rotary.angles)",
+        "self.split_keys(self.w_k(memory))",
+    ),
+    ("modern: biases stay", "            module.bias = None\n", "            pass\n"),
+]
+
 MISTAKES_IN_THE_GUIDE = [
     ("dead anchor", "(inference.md#keyvalue-cache)", "(inference.md#key-value-cache)"),
     ("dead chapter", "(training.md#mixed-precision)", "(trainings.md#mixed-precision)"),
@@ -521,8 +646,17 @@ def first_failure(folder, *arguments):
 
 
 def main():
-    guide = sys.argv[1:] == ["guide"]
-    mistakes, missed = MISTAKES_IN_THE_GUIDE if guide else MISTAKES, 0
+    what = sys.argv[1] if len(sys.argv) > 1 else "scripts"
+    mistakes, places, tests = {
+        "scripts": (MISTAKES, ["*.py"], [FAST_TESTS]),
+        "variations": (MISTAKES_IN_VARIATIONS, ["variations/*.py"], [["test_variations.py"]]),
+        "guide": (
+            MISTAKES_IN_THE_GUIDE,
+            ["*.md", "guide/*.md", "variations/*.md"],
+            [["test_guide.py", "-k", chosen] for chosen in GUIDE_TESTS],
+        ),
+    }[what]
+    missed = 0
     for name, old, new in mistakes:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "collection"
@@ -531,19 +665,15 @@ def main():
                 copy,
                 ignore=shutil.ignore_patterns(".git", "checkpoints", "__pycache__", ".*cache"),
             )
-            pages = [*copy.glob("*.md"), *copy.glob("guide/*.md")]
-            planted = plant(old, new, pages if guide else copy.glob("*.py"))
+            planted = plant(old, new, [path for place in places for path in copy.glob(place)])
             if not planted:
                 print(f"{'NOT FOUND':9s} {name}: no file contains the text to replace", flush=True)
                 missed += 1
                 continue
-            if guide:
-                found = first_failure(
-                    copy, "tests/test_guide.py", "-k", GUIDE_TESTS[0]
-                ) or first_failure(copy, "tests/test_guide.py", "-k", GUIDE_TESTS[1])
-            else:
-                found = first_failure(
-                    copy, *(re.sub("^test_", "tests/test_", test) for test in FAST_TESTS)
+            found = None
+            for chosen in tests:
+                found = found or first_failure(
+                    copy, *(re.sub("^test_", "tests/test_", test) for test in chosen)
                 )
             missed += found is None
             print(

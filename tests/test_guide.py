@@ -17,7 +17,7 @@ import torch
 import toy_dataset
 import train_all
 from conftest import MODELS, ROOT, SCRIPTS, finished, run_of
-from planted_mistakes import MISTAKES, MISTAKES_IN_THE_GUIDE
+from planted_mistakes import MISTAKES, MISTAKES_IN_THE_GUIDE, MISTAKES_IN_VARIATIONS
 
 NUMBER = r"-?\d[\d,]*\.?\d*(?:e-?\d+)?"
 KNOWN_FROM = re.compile(r"# KNOWN from [^`]*ontinue reading at `(\w+)`")
@@ -97,7 +97,11 @@ class Page:
 
 FRONT = Page(ROOT / "README.md")
 CHAPTERS = [Page(path) for path in sorted((ROOT / "guide").glob("*.md"))]
-PAGES = {page.name: page for page in [FRONT, Page(ROOT / "CONTRIBUTING.md"), *CHAPTERS]}
+VARIATIONS = Page(ROOT / "variations" / "README.md")
+PAGES = {
+    page.name: page for page in [FRONT, Page(ROOT / "CONTRIBUTING.md"), VARIATIONS, *CHAPTERS]
+}
+CODE = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("variations/*.py"))]
 TABLES = [table for page in PAGES.values() for table in page.tables()]
 MEASURED = [t for t in TABLES if t.caption.startswith("Printed by")]
 SPANS = [span for page in PAGES.values() for span in page.spans]
@@ -126,9 +130,9 @@ def test_the_front_page_quotes_tiny_gpt():
 
 
 def test_every_topic_is_two_clicks_from_the_front_page():
-    linked = re.findall(r"\]\((guide/\w+\.md)\)", "\n".join(FRONT.prose))
-    assert {page.name for page in CHAPTERS} <= set(linked)
-    for page in CHAPTERS:
+    linked = re.findall(r"\]\(((?:guide|variations)/\w+\.md)\)", "\n".join(FRONT.prose))
+    assert {page.name for page in [*CHAPTERS, VARIATIONS]} <= set(linked)
+    for page in [*CHAPTERS, VARIATIONS]:
         assert len(page.lines) <= 600
         contents = page.text.split("\n## ")[0]
         topics = {anchor(h[3:]) for _, h in page.headings if h.startswith("## ")}
@@ -138,6 +142,7 @@ def test_every_topic_is_two_clicks_from_the_front_page():
 def test_each_chapter_links_back_and_forward():
     order = re.findall(r"^\| \[[^\]]+\]\(guide/(\w+\.md)\) \|", FRONT.text, flags=re.MULTILINE)
     assert len(order) == len(CHAPTERS) == 14
+    assert VARIATIONS.lines[0].startswith("[Front page](../README.md)")
     for before, name, after in zip([None, *order], order, [*order[1:], None]):
         first = PAGES[f"guide/{name}"].lines[0]
         assert first.startswith("[Front page](../README.md)")
@@ -162,6 +167,21 @@ def test_every_link_has_a_target():
     assert not dead
 
 
+def test_every_variation_is_in_each_table_and_of_the_promised_shape():
+    files = {path.name for path in ROOT.glob("variations/*.py")} - {"measure.py", "run_all.py"}
+    from run_all import ORDER
+
+    assert {f"{name}.py" for name in ORDER} == files
+    for table in (*VARIATIONS.tables()[:3], FRONT.table_under("Today's models")):
+        assert {re.search(r"`(\w+\.py)`", row[0])[1] for row in table.rows} == files
+    for name in files:
+        text = (ROOT / "variations" / name).read_text(encoding="utf-8")
+        parts = ["THE IDEA.", "Run it:", "# CONSTANTS", "# --- The part", "# --- The proof",
+                 "# --- The measurement", "What this size cannot show"]  # fmt: skip
+        places = [text.index(part) for part in parts]
+        assert places == sorted(places) and len(text.splitlines()) <= 200, name
+
+
 def test_every_figure_appears_once_with_alt_text():
     shown = re.findall(r"!\[([^\]]*)\]\((?:\.\./)?figures/(\w+\.png)\)", TEXT)
     assert sorted(name for _, name in shown) == sorted(
@@ -184,7 +204,7 @@ def test_years_of_papers_match_their_addresses_and_citations_are_listed():
     cited = r"([A-Z][a-z]+)(?:,? et al\.|(?:, [A-Z][a-z]+)*,? and [A-Z][a-z]+)? ((?:19|20)\d\d)\b"
     listed = set(re.findall(cited, text))
     elsewhere = " ".join(" ".join(p.prose) for p in PAGES.values() if p is not reading)
-    elsewhere += " ".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
+    elsewhere += " ".join(path.read_text(encoding="utf-8") for path in CODE)
     assert set(re.findall(cited, " ".join(elsewhere.split()))) <= listed
 
 
@@ -193,7 +213,7 @@ def test_years_of_papers_match_their_addresses_and_citations_are_listed():
 def known_names():
     """Every name that the code defines or uses, and {class: its methods and attributes}."""
     names, members = set(), {}
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")]:
+    for path in [*CODE, *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             for field in ("id", "attr", "name", "arg"):
@@ -224,7 +244,7 @@ def is_known(span):
     parts = span.removesuffix("()").split(".")
     homes = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional}
     if (ROOT / span).exists() or any(
-        (ROOT / folder / span).exists() for folder in ("tests", "benchmarks")
+        (ROOT / folder / span).exists() for folder in ("tests", "benchmarks", "variations")
     ):
         return True
     if parts[0] in homes:
@@ -272,7 +292,8 @@ def test_every_name_attributed_to_a_file_is_defined_there():
     pairs += re.findall(r"\[`(\w+\.py)`\]\((?:\.\./)?\w+\.py\), ((?:`[^`]+`(?:, )?)+)", PROSE)
     for file, names in pairs:
         defined = set()
-        for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+        path = next(path for path in CODE if path.name == file)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 defined.add(node.name)
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -285,7 +306,7 @@ def test_every_name_attributed_to_a_file_is_defined_there():
 
 def test_every_constant_assigned_in_the_text_exists():
     constants = set()
-    for path in ROOT.glob("*.py"):
+    for path in CODE:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 constants.add(node.targets[0].id)
@@ -441,6 +462,7 @@ def test_numbers_in_the_text_match_the_code():
         f"translates {validation} sequences",
         f"{toy_dataset.count_distinct(5):,} sequences of up to five digits",
         f"plants {len(MISTAKES)} mistakes",
+        f"plants {len(MISTAKES_IN_VARIATIONS)} mistakes in the variations",
         f"ends at 0 to {highest:.0f}% exact match",
         f"still reaches {float(ablations['without positions']):.0f}% without positions",
         f"cannot memorize {SCRIPTS['decoder_only'].BATCH_SIZE} rows",
@@ -458,6 +480,8 @@ def test_every_planted_mistake_still_has_text_to_replace():
     scripts = [path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")]
     assert not [name for name, old, _ in MISTAKES if not any(old in text for text in scripts)]
     assert not [name for name, old, _ in MISTAKES_IN_THE_GUIDE if old not in TEXT]
+    code = "".join(path.read_text(encoding="utf-8") for path in CODE)
+    assert not [name for name, old, _ in MISTAKES_IN_VARIATIONS if old not in code]
 
 
 # --- commands ---------------------------------------------------------------------------

@@ -1,0 +1,125 @@
+"""
+alibi.py - encode positions by a penalty on distance (ALiBi)
+
+THE IDEA.  Add nothing to the tokens. Instead, subtract from each score an amount that grows with
+the distance between query and key: near keys get more weight, unless a distant one matches much
+better (Press et al. 2022, "Train Short, Test Long", section 3). Each head has its own slope, so
+that some heads attend mostly to close tokens and others far back. Nothing is learned.
+
+    distance                   3       2       1     0
+    head 0, slope 1/4       -0.75   -0.5    -0.25    0       added to the scores q.k / sqrt(K)
+    head 3, slope 1/256     -0.012  -0.008  -0.004   0
+
+Bloom and MPT use it. Press et al. report good results on rows longer than those in training.
+
+Run it:     python variations/alibi.py        (about 10 seconds on one CPU core)
+"""
+from measure import (Positions, largest_difference, new_model, prove, prove_cache, score, train)
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+
+from housekeeping import check_constants, run_script
+
+# =====================================================================================
+# CONSTANTS - change one, run again
+# =====================================================================================
+FULL = False             # True: three seeds instead of one
+NUM_EPOCHS = 4           # passes over the training data, for each model
+SEED = 0
+# =====================================================================================
+
+
+# --- The part -------------------------------------------------------------------------
+def slopes_of(num_heads):
+    """Return the slopes of n = num_heads heads, (H,): 2^(-8/n), 2^(-16/n), ..., 2^-8.
+
+    That is for a power of two. For others, the authors' code takes the slopes of the next smaller
+    power p, then every second slope of those for 2p: with 3 heads, 1/16, 1/256, and 1/4.
+    """
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    between = [2 ** (-8 * (i + 1) / (2 * power)) for i in range(0, 2 * power, 2)]
+    return torch.tensor(slopes + between[:num_heads - power], dtype=torch.float64)
+
+
+def distances(queries, keys):
+    """Return (queries, keys): how far each key lies before each query; negative for later keys.
+
+    subtle: it is built over the length of the keys. With a cache, a single query has the last of
+    the keys' positions, not position 0. Padding on the left moves queries and keys alike.
+    """
+    return torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)  # (T, S)
+
+
+def alibi_attention(queries, keys, values, mask=None, dropout=0.0, slopes=None):
+    """`attention` of decoder_only.py, with a penalty on distance. The mask must be causal."""
+    scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.size(-1))  # (B, H, T, S)
+    slopes = slopes_of(queries.size(1)) if slopes is None else slopes
+    penalty = slopes[:, None, None] * distances(queries.size(2), keys.size(2))  # (H, T, S)
+    scores = scores - penalty.to(scores)  # NEW; the rest is as in decoder_only.py
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = torch.softmax(scores, dim=-1)
+    if mask is not None:
+        weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    return F.dropout(weights, dropout) @ values, weights
+
+
+def use_alibi(model, slopes=None):
+    """Give a model of decoder_only.py ALiBi instead of sinusoids. Returns the model."""
+    model.positional_encoding = Positions()
+    for layer in model.layers:
+        layer.self_attention.formula = functools.partial(alibi_attention, slopes=slopes)
+    return model
+
+
+# --- The proof ------------------------------------------------------------------------
+@torch.no_grad()
+def prove_it():
+    print("The proof: largest differences, in float64")
+    tokens = torch.tensor([[10, 6, 13, 4, 20, 16, 23], [9, 15, 4, 19, 25, 8, 7]])
+    base, model = new_model(0).double(), use_alibi(new_model(0)).double()
+    base.positional_encoding = Positions()
+    prove("slopes of 0: equal to the base without positions",
+          largest_difference(use_alibi(new_model(0), torch.zeros(4)).double()(tokens),
+                             base(tokens)))
+    print(f"  {'the slopes of 4 heads: the outputs change':66s} "
+          f"{largest_difference(model(tokens), base(tokens)):8.1e}")
+    for layer in model.layers:  # all keys equal: only the penalty is left
+        layer.self_attention.w_k.weight.zero_()
+        layer.self_attention.w_k.bias.zero_()
+    _, weights = model.decode(tokens)
+    expected = torch.softmax(-slopes_of(4)[:, None] * torch.arange(7).flip(0), -1)
+    prove("equal keys: the last query's weights are softmax(-slope * distance)",
+          largest_difference(weights[0][0, :, -1], expected))
+    prove_cache(use_alibi(new_model(1)).double())
+
+
+# --- The measurement ------------------------------------------------------------------
+def main():
+    check_constants(globals())
+    torch.set_num_threads(1)
+    print("Slopes for 4 heads: " + "  ".join(f"{s:.4g}" for s in slopes_of(4).tolist()))
+    print("Slopes for 3 heads: " + "  ".join(f"{s:.4g}" for s in slopes_of(3).tolist()))
+    prove_it()
+    print(f"\nThe measurement: exact match after {NUM_EPOCHS} epochs on rows of up to 5 digits")
+    print(f"  {'':34s}{'held out':>10s}" + "".join(f"{f'{n} digits':>11s}" for n in (6, 7, 8)))
+    scores = {}
+    for seed in range(SEED, SEED + (3 if FULL else 1)):
+        for name, change in (("sinusoids (the base)", lambda model: model), ("ALiBi", use_alibi)):
+            model = change(new_model(seed))
+            held_out = train(model, NUM_EPOCHS, seed)
+            longer = [score(model, length) for length in (6, 7, 8)]
+            scores.setdefault(name, longer[0])  # 6 digits, first seed
+            print(f"  {f'{name}, seed {seed}':34s}{held_out:10.1%}"
+                  + "".join(f"{one:11.1%}" for one in longer), flush=True)
+    print("\nWhat this size cannot show: ALiBi was made for language modeling, where most of what "
+          "matters\nis close. Here, the distance between a word and its digit grows with the row.")
+    return {"base": f"{scores['sinusoids (the base)']:.1%}", "variation": f"{scores['ALiBi']:.1%}"}
+
+
+if __name__ == "__main__":
+    run_script(main)

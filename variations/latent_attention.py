@@ -1,0 +1,170 @@
+"""
+latent_attention.py - cache one small vector per token instead of keys and values
+
+THE IDEA.  Compress each token to a small vector, its latent, and compute the keys and values of all
+heads from it (DeepSeek-V2, 2024, section 2.1.2, multi-head latent attention). Only the latents are
+cached: R numbers per token and layer instead of 2 D.
+
+    token's vector (D) -> latent (R) -> keys   (H heads of K)        cached: the latent
+                                     -> values (H heads of K)        expanded again in every step
+
+Expanding all cached latents in every step is slow. But expanding a latent c to a key U c is linear,
+so U can move to the query: q . (U c) = (U^T q) . c. (It is *absorbed*.) The expansion of values can
+move after the weighted average. Then attention runs on the latents alone, with the same result.
+
+Run it:     python variations/latent_attention.py        (about 15 seconds on one CPU core)
+"""
+from measure import (cache_bytes, count_parameters, largest_difference, median_milliseconds,
+                     new_model, prove, prove_cache, replace_attention, train)
+import torch
+from torch import nn
+
+from decoder_only import MultiHeadAttention
+from housekeeping import check_constants, run_script
+
+# =====================================================================================
+# CONSTANTS - change one, run again
+# =====================================================================================
+FULL = False             # True: three seeds and more sizes
+NUM_EPOCHS = 4           # passes over the training data, for each model
+SEED = 0
+# =====================================================================================
+
+
+# --- The part -------------------------------------------------------------------------
+class LatentCache:
+    """Stores the latents of all tokens so far in one layer."""
+
+    def __init__(self, batch_size, attention, max_len):
+        weight = attention.compress.weight
+        self.latents = torch.empty(batch_size, max_len, attention.latent_dim, dtype=weight.dtype,
+                                   device=weight.device)
+        self.length = 0
+
+    def append(self, latents):
+        """Append latents (B, T, R). Returns all so far, (B, S, R)."""
+        start, self.length = self.length, self.length + latents.size(1)
+        self.latents[:, start:self.length] = latents
+        return self.latents[:, :self.length]
+
+
+class LatentAttention(MultiHeadAttention):
+    """Attention whose keys and values are computed from a latent of `latent_dim` numbers.
+
+    Differs from DeepSeek-V2: queries are not compressed, the latent is not normalized, w_q and w_o
+    have biases, and queries and keys have no second, rotary part (the base adds its positions to
+    the tokens). DeepSeek-V2 caches a rotary key, too, which all heads share.
+    """
+
+    def __init__(self, d_model, num_heads, latent_dim, dropout=0.0):
+        super().__init__(d_model, num_heads, dropout)
+        self.latent_dim, self.absorbed = latent_dim, False
+        self.compress = nn.Linear(d_model, latent_dim, bias=False)
+        self.w_k = nn.Linear(latent_dim, d_model, bias=False)  # expands a latent to all keys
+        self.w_v = nn.Linear(latent_dim, d_model, bias=False)
+
+    def new_cache(self, batch_size, max_len):
+        return LatentCache(batch_size, self, max_len)
+
+    def forward(self, x, memory, mask=None, cache=None):
+        queries = self.split_heads(self.w_q(x))  # (B, H, T, K)
+        latents = self.compress(memory)  # (B, S, R)
+        if cache is not None:
+            latents = cache.append(latents)
+        dropout = self.dropout if self.training else 0.0
+        if self.absorbed:
+            result, weights = self.attend_to_latents(queries, latents[:, None], mask, dropout)
+        else:
+            keys = self.split_heads(self.w_k(latents))  # (B, H, S, K)
+            values = self.split_heads(self.w_v(latents))
+            result, weights = self.formula(queries, keys, values, mask, dropout)
+        return self.w_o(self.merge_heads(result)), weights
+
+    def attend_to_latents(self, queries, latents, mask, dropout):
+        """Return what `formula` returns, computed from the latents (B, 1, S, R)."""
+        up_k = self.w_k.weight.view(self.num_heads, self.head_dim, -1)  # (H, K, R)
+        up_v = self.w_v.weight.view(self.num_heads, self.head_dim, -1)
+        # subtle: the formula divides by the root of the last size, now R. It must stay sqrt(K).
+        queries = queries @ up_k * (self.latent_dim / self.head_dim) ** 0.5  # (B, H, T, R)
+        averages, weights = self.formula(queries, latents, latents, mask, dropout)  # (B, H, T, R)
+        return averages @ up_v.transpose(1, 2), weights  # (B, H, T, K)
+
+
+def use_latents(model, latent_dim):
+    """Give a model of decoder_only.py latent attention, with new weights. Returns the model."""
+    heads, d_model = model.arguments["num_heads"], model.arguments["d_model"]
+    return replace_attention(model, lambda _, old: LatentAttention(d_model, heads, latent_dim,
+                                                                   old.dropout))
+
+
+def absorb(model, absorbed=True):
+    """Choose between the two ways of computing the same result."""
+    for layer in model.layers:
+        layer.self_attention.absorbed = absorbed
+
+
+# --- The proof ------------------------------------------------------------------------
+@torch.no_grad()
+def prove_it():
+    print("The proof: largest differences, in float64")
+    tokens = torch.tensor([[10, 6, 13, 4, 20, 16, 23], [9, 15, 4, 19, 25, 8, 7]])
+    base = new_model(0).double()
+    model = use_latents(new_model(0), 64).double()
+    for one, two in zip(model.layers, base.layers):
+        mine, other = one.self_attention, two.self_attention
+        mine.compress.weight.copy_(torch.eye(64))
+        for name in ("w_q", "w_k", "w_v", "w_o"):
+            getattr(mine, name).weight.copy_(getattr(other, name).weight)
+        for name in ("w_q", "w_o"):
+            getattr(mine, name).bias.copy_(getattr(other, name).bias)
+        for name in ("w_k", "w_v"):
+            getattr(other, name).bias.zero_()  # latent attention has none
+    prove("a latent that is a copy of the token: equal to multi-head attention",
+          largest_difference(model(tokens), base(tokens)))
+    model = use_latents(new_model(0), 12).double()
+    plain = model(tokens)
+    absorb(model)
+    prove("expansion moved into queries and output: nothing changes",
+          largest_difference(model(tokens), plain))
+    prove_cache(model)
+
+
+# --- The measurement ------------------------------------------------------------------
+def milliseconds(model, tokens=200):
+    """Return the median time of a generated token."""
+    return median_milliseconds(lambda: model.generate([[10, 4]], tokens, stop_at=None)) / tokens
+
+
+def main():
+    check_constants(globals())
+    torch.set_num_threads(1)
+    prove_it()
+    print(f"\nThe measurement: exact match on held-out sequences after {NUM_EPOCHS} epochs. "
+          "Times per\ngenerated token, 200 tokens: keys and values expanded in every step, or "
+          "absorbed")
+    print(f"  {'':24s}{'parameters':>12s}{'cache, bytes per token':>25s}{'exact match':>13s}"
+          f"{'expanded':>11s}{'absorbed':>11s}")
+    results, sizes = {}, (None, 32, 16, 8, 4) if FULL else (None, 16, 4)
+    for seed in range(SEED, SEED + (3 if FULL else 1)):
+        for latent in sizes:
+            model = new_model(seed, max_len=256)
+            name = "multi-head (the base)"
+            if latent:
+                model, name = use_latents(model, latent), f"latent of {latent}"
+            exact = train(model, NUM_EPOCHS, seed)
+            times = [milliseconds(model)]
+            if latent:
+                absorb(model)
+                times.append(milliseconds(model))
+            print(f"  {f'{name}, seed {seed}':24s}{count_parameters(model):12,d}"
+                  f"{cache_bytes(model, 1):25,d}{exact:13.1%}"
+                  + "".join(f"{t:8.2f} ms" for t in times), flush=True)
+            results.setdefault(latent, f"{exact:.1%}, {cache_bytes(model, 1)} bytes")
+    print("\nWhat this size cannot show: how small a latent may be. There are only ten digits and "
+          "ten words,\nso a few numbers per token suffice. DeepSeek-V2 caches 512, and 64 for the "
+          "rotary key.")
+    return {"base": results[None], "variation": results[4]}
+
+
+if __name__ == "__main__":
+    run_script(main)

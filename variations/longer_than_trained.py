@@ -1,0 +1,200 @@
+"""
+longer_than_trained.py - trained on up to five digits, correct on forty
+
+THE IDEA.  Most ways to encode positions fail beyond the length of the training rows, because longer
+rows have positions or distances that the model has never seen. So give the model only distances
+that it has seen. Clipped relative keys (Shaw et al. 2018, section 3.2) add to each key a learned
+vector, chosen by its distance from the query. From CLIP = 2 on, all distances share one:
+
+    query minus key    ... -4  -3  -2  -1   0   1   2   3   4 ...
+    vector               r0  r0  r0  r1  r2  r3  r4  r4  r4             score = q . (k + r)
+
+So a digit can only be found by its distance if it is close. The query that *predicts* a word gets
+the position of that word's digit:
+
+    encoder-decoder    source and target count from 0; cross-attention gets the vectors, too. <EOS>
+                       ends the source, so the query that predicts <EOS> finds a token there.
+    decoder-only       digits 4 0 7 <SEP> four zero seven      <SEP> predicts four, so the count
+                       count  0 1 2   0     1    2    3        restarts there (Cho et al. 2024)
+Together, this builds in knowledge of the task: word i depends on digit i and on nothing far away.
+It would not help for sorting. With FULL = True, the table shows what each does alone.
+
+Run it:     python variations/longer_than_trained.py        (about 30 seconds on one CPU core)
+"""
+from measure import (Positions, largest_difference, new_model, prove, prove_cache,
+                     random_sequences, replace_attention, train)
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import decoder_only
+import encoder_decoder
+from alibi import slopes_of
+from decoder_only import DecoderOnlyTransformer, MultiHeadAttention
+from encoder_decoder import EncoderDecoderTransformer, KeyValueCache
+from housekeeping import check_constants, run_script
+from rotary_positions import rotate
+from toy_dataset import EOS, SEP, exact_match
+
+# =====================================================================================
+# CONSTANTS - change one, run again
+# =====================================================================================
+FULL = False             # True: every way with three seeds, about 25 minutes
+NUM_EPOCHS = 6           # passes over the training data, which has up to five digits
+CLIP = 2                 # from this distance on, all share a vector
+SEED = 0
+# =====================================================================================
+LENGTHS = (6, 8, 12, 20, 40)
+# --- The part -------------------------------------------------------------------------
+class PositionCache(KeyValueCache):
+    """Also stores the position of each key."""
+
+    def __init__(self, batch_size, attention, max_len):
+        super().__init__(batch_size, attention, max_len)
+        self.positions = torch.zeros(batch_size, max_len, dtype=torch.long)
+
+    def append(self, keys, values, positions):
+        start = self.length
+        keys, values = super().append(keys, values)
+        self.positions[:, start:self.length] = positions
+        return keys, values, self.positions[:, :self.length]
+
+
+class PositionedAttention(MultiHeadAttention):
+    """Attention that knows the positions of queries and keys. `way` says how it uses them."""
+
+    def __init__(self, old, way, positions, is_cross):
+        super().__init__(old.w_q.in_features, old.num_heads, old.dropout)
+        self.way, self.shared, self.is_cross = way, positions, is_cross
+        if way == "relative":
+            self.table = nn.Parameter(0.5 * torch.randn(2 * CLIP + 1, self.head_dim))
+
+    def new_cache(self, batch_size, max_len):
+        return PositionCache(batch_size, self, max_len)
+
+    def bias(self, queries, distances):
+        """queries (B, H, T, K), distances (B, T, S) -> what to add to the scores"""
+        if self.way == "relative":
+            per_vector = queries @ self.table.T / math.sqrt(self.head_dim)  # (B, H, T, 2 CLIP + 1)
+            index = (distances.clamp(-CLIP, CLIP) + CLIP)[:, None]  # (B, 1, T, S)
+            return per_vector.gather(-1, index.expand(*queries.shape[:3], -1))
+        if self.way == "ALiBi" and not self.is_cross:
+            return -slopes_of(self.num_heads).to(queries)[:, None, None] * distances[:, None].abs()
+        return 0.0
+
+    def forward(self, x, memory, mask=None, cache=None):
+        here = self.shared.positions  # of the queries; `there`: of the keys
+        there = torch.arange(memory.size(1))[None] if self.is_cross else here
+        queries, keys, values = (self.split_heads(each) for each in (
+            self.w_q(x), self.w_k(memory), self.w_v(memory)))
+        if self.way == "rotary":
+            speeds = 10000.0 ** (-torch.arange(0, self.head_dim, 2) / self.head_dim)  # (K/2,)
+            queries = rotate(queries, here[:, None, :, None] * speeds)
+            keys = rotate(keys, there[:, None, :, None] * speeds)
+        if cache is not None:
+            keys, values, there = cache.append(keys, values, there)
+        scores = queries @ keys.transpose(-2, -1) / math.sqrt(self.head_dim)  # (B, H, T, S)
+        scores = scores + self.bias(queries, here[:, :, None] - there[:, None, :])
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        weights = torch.softmax(scores, dim=-1)
+        if mask is not None:
+            weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+        result = F.dropout(weights, self.dropout, self.training) @ values
+        return self.w_o(self.merge_heads(result)), weights
+
+
+class LearnedPositions(nn.Embedding):
+    def forward(self, x, positions):
+        return x + super().forward(positions)
+
+
+class RestartingDecoder(DecoderOnlyTransformer):
+    """Counts the positions of the answer from <SEP>."""
+
+    def positions_of(self, tokens):
+        columns, is_sep = torch.arange(tokens.size(1)), tokens == SEP
+        middle = is_sep.int().argmax(1, keepdim=True)  # (B, 1): the column of <SEP>
+        return torch.where(is_sep.cumsum(1) > 0, columns - middle, super().positions_of(tokens))
+
+
+def build(model_class, way, seed, **arguments):
+    """Return an untrained model with another way to encode positions."""
+    model = new_model(seed, model_class, max_len=128, **arguments)
+    if way == "learned":
+        model.positional_encoding = LearnedPositions(128, 64)
+        nn.init.normal_(model.positional_encoding.weight, std=0.5)
+    elif way != "sinusoids":
+        positions = model.positional_encoding = Positions()
+        replace_attention(model, lambda name, old: PositionedAttention(
+            old, way, positions, name == "cross_attention"))
+    return model
+
+
+def end_source(item):  # so that the digits of an item of the dataset end with <EOS>
+    return {**item, "digits": item["digits"] + ["<EOS>"], "source": item["source"] + [EOS]}
+
+
+# --- The proof ------------------------------------------------------------------------
+@torch.no_grad()
+def prove_it():
+    print("The proof: largest differences, in float64")
+    tokens = torch.tensor([[10, 6, 13, 4, 20, 16, 23], [9, 15, 4, 19, 25, 8, 7]])
+    base, model = new_model(0).double(), build(DecoderOnlyTransformer, "relative", 0).double()
+    base.positional_encoding.table.zero_()
+    model.load_state_dict(base.state_dict(), strict=False)  # the base has no table of vectors
+    here, moved = (model.decode(tokens, positions=torch.arange(7)[None] + n)[0] for n in (0, 50))
+    prove("all positions moved by 50: nothing changes", largest_difference(here, moved))
+    for layer in model.layers:
+        layer.self_attention.table.zero_()
+    prove("vectors of 0: equal to the base without positions",
+          largest_difference(model(tokens), base(tokens)))
+    prove_cache(build(RestartingDecoder, "relative", 1).double())
+
+
+# --- The measurement ------------------------------------------------------------------
+def measure_lengths(model, script, ended):
+    cells = []  # per length: exact match, fraction of correct words, of rows of correct length
+    for length in LENGTHS:
+        digits, words = random_sequences(length)
+        written = script.translate(model, [row + ["<EOS>"] if ended else row for row in digits])
+        right = sum(a == b for row, other in zip(written, words) for a, b in zip(row, other))
+        ends = sum(len(row) == length for row in written) / len(digits)
+        cells.append((exact_match(written, words), right / (len(digits) * length), ends))
+    return cells
+
+
+def main():
+    check_constants(globals())
+    torch.set_num_threads(1)
+    prove_it()
+    kinds = {"encoder-decoder": EncoderDecoderTransformer, "decoder-only": DecoderOnlyTransformer,
+             "decoder-only, restart": RestartingDecoder}
+    rows = [("encoder-decoder", "sinusoids", False), ("encoder-decoder", "relative", True),
+            ("decoder-only", "sinusoids", False), ("decoder-only, restart", "relative", False)]
+    if FULL:
+        rows = [(kind, way, ended) for kind in kinds for ended in (False, True)
+                for way in ("sinusoids", "learned", "none", "rotary", "ALiBi", "relative")]
+    print("\nThe measurement, in %: exact match (correct words, correct lengths) on 100 rows each")
+    print(f"  {'':50s}{'held out':>9s}" + "".join(f"{f'{n} digits':>16s}" for n in LENGTHS))
+    results = {}
+    for kind, way, ended in rows:
+        script = encoder_decoder if kind == "encoder-decoder" else decoder_only
+        name = f"{kind}, {way}" + (", <EOS>" if ended else "")
+        for seed in range(SEED, SEED + (3 if FULL else 1)):
+            model = build(kinds[kind], way, seed)
+            exact = train(model, NUM_EPOCHS, seed, script, end_source if ended else None)
+            cells = measure_lengths(model, script, ended)
+            results.setdefault(name, f"{cells[-1][0]:.0%} at {LENGTHS[-1]} digits")
+            print(f"  {f'{name}, seed {seed}':50s}{exact:9.1%}" + "".join(
+                f"{f'{100 * e:.0f} ({100 * w:.0f}, {100 * s:.0f})':>16s}" for e, w, s in cells),
+                flush=True)
+    print("\nWhat this size cannot show: that the method works for language. It knows this task.")
+    return {"base": results["decoder-only, sinusoids"],
+            "variation": results["decoder-only, restart, relative"]}
+
+
+if __name__ == "__main__":
+    run_script(main)
