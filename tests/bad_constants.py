@@ -39,6 +39,7 @@ SMALL = {
     "FEW_STEPS": 1, "UNDERTRAINED_STEPS": 1, "FEW_SEQUENCES": (2,), "ABLATION_LAYERS": (1,),
     "WARMUP_STEPS": 1, "EVALUATE_EVERY": 9, "BATCH_SIZE": 32,
 }  # fmt: skip
+FULL = ("FULL", "True")
 LIMIT = 300  # seconds; the longest case that works took 90
 
 
@@ -142,7 +143,8 @@ def main():
     print(f"{'script':34s}{'constants':>10s}{'cases':>7s}" + "".join(f"{k:>11s}" for k in kinds))
     for script in scripts:
         names = [name for name, _ in constants_of(script)]
-        cases = [(name, value) for name in names for value in BAD]
+        # FULL = True is a good value, but it takes many minutes.
+        cases = [(name, value) for name in names for value in BAD if (name, value) != FULL]
         outcomes = quick(script, cases)
         with ThreadPoolExecutor(2) as pool:
             undecided = [case for case, outcome in zip(cases, outcomes) if outcome is None]
