@@ -392,6 +392,8 @@ def test_every_constant_of_an_architecture_reaches_its_place(name, places, monke
         rates_used = {tuple(list(call.values())[1:4]) for call in masks.calls["mask_tokens"]}
         assert rates_used == {(0.7, 0.2, 0.4)}
         assert masks.all("fine_tune", "num_epochs") == [1, 3]
+        totals = watch.all("create_optimizer", "total_steps")
+        assert totals == [2 * steps, 1 * steps, 3 * steps]
         assert masks.all("fine_tune", "learning_rate") == [0.0045] * 2
         assert watch.all("create_optimizer", "learning_rate") == [0.0123, 0.0045, 0.0045]
         del used["FINETUNE_EPOCHS"], used["FINETUNE_LEARNING_RATE"], used["MASK_SHARE"]
@@ -535,14 +537,15 @@ def test_a_wrong_word_is_any_of_the_other_nine():
 
 @torch.no_grad()
 def test_translating_back_fills_the_digits_in_front():
-    model = random_model("encoder_only")
     rows = [["four", "zero", "seven"], ["nine"]]
     masked = [["<MASK>"] * len(row) + ["<SEP>", *row] for row in rows]
-    expected = []
-    for row in masked:
-        best = model(torch.tensor([VOCABULARY.encode(row)]))[0].argmax(-1)
-        expected.append(VOCABULARY.decode(best[: len(row) // 2]))
-    assert encoder_only.translate_back(model, rows) == expected
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model, expected = random_model("encoder_only"), []
+        for row in masked:
+            best = model(torch.tensor([VOCABULARY.encode(row)]))[0].argmax(-1)
+            expected.append(VOCABULARY.decode(best[: len(row) // 2]))
+        assert encoder_only.translate_back(model, rows) == expected
     with pytest.raises(ValueError, match="cannot be translated"):
         encoder_only.translate_back(model, ["four"])
 
@@ -583,3 +586,46 @@ def test_beam_search_may_use_every_position_but_no_more():
     assert max(len(h.tokens) for h in model.beam_search([[6] * 9], 3, 1.0, 9)[0]) == 9
     with pytest.raises(ValueError, match="max_len=9"):
         model.beam_search([[6]], 3, 1.0, 10)
+
+
+@torch.no_grad()
+def test_the_classifier_scores_each_row_of_a_ragged_batch_alone():
+    classifier = encoder_only.MatchClassifier(random_model("encoder_only")).double().eval()
+    items = NumberTranslationDataset(40, 4, 0).items
+    rows = collate_fn(items)["pair"]
+    alone = [classifier(collate_fn([item])["pair"]) for item in items]
+    torch.testing.assert_close(classifier(rows), torch.cat(alone))
+    assert classifier(rows).shape == (40, 2)
+
+
+@torch.no_grad()
+def test_the_classifier_is_scored_on_the_rows_that_its_seed_corrupts():
+    classifier = encoder_only.MatchClassifier(random_model("encoder_only")).float().eval()
+    loader = create_dataloaders(400, 4, 7, 0)[1]
+    for seed in (0, 5):
+        generator, correct, rows = seeded(seed), 0, 0
+        for batch in loader:
+            tokens, labels = encoder_only.corrupt_one_word(batch["pair"], generator)
+            for row, label in zip(tokens, labels.tolist()):
+                correct += classifier(row[None])[0].argmax().item() == label
+                rows += 1
+        score = encoder_only.evaluate_classifier(classifier, loader, seed)
+        assert 0 < score < 1 and score == pytest.approx(correct / rows)
+    assert encoder_only.evaluate_classifier(classifier, loader) == pytest.approx(
+        encoder_only.evaluate_classifier(classifier, loader, 0)
+    )
+
+
+@torch.no_grad()
+def test_alignment_counts_the_words_that_attend_most_to_their_digit():
+    model = random_model("encoder_only")
+    sequences = [["4", "0", "7"], ["9"], ["1", "2"]]
+    hits = torch.zeros(2, 2)
+    for digits in sequences:
+        row = VOCABULARY.encode([*digits, "<SEP>"] + ["<MASK>"] * len(digits))
+        for layer, weights in enumerate(model.encode(torch.tensor([row]))[1]):
+            for head in range(2):
+                for i in range(len(digits)):
+                    best = weights[0, head, len(digits) + 1 + i].argmax().item()
+                    hits[layer, head] += best == i
+    torch.testing.assert_close(encoder_only.alignment(model, sequences), hits / 6)
