@@ -443,9 +443,9 @@ MISTAKES_IN_VARIATIONS = [
     ),
     ("ALiBi: other slopes in between", "range(0, 2 * power, 2)", "range(1, 2 * power, 2)"),
     (
-        "ALiBi: a single query at position 0",
-        "torch.arange(keys - queries, keys)[:, None]",
-        "torch.arange(queries)[:, None]",
+        "ALiBi: keys counted backward",
+        "[:, None] - torch.arange(keys)  # (T, S)",
+        "[:, None] - torch.arange(keys).flip(0)  # (T, S)",
     ),
     (
         "ALiBi: distance is rewarded",
