@@ -48,9 +48,9 @@ def slopes_of(num_heads):
 def distances(queries, keys):
     """Return (queries, keys): how far each key lies before each query; negative for later keys.
 
-    subtle: it is built over the length of the keys. With a cache, there is a single query, but there
-    are keys for all tokens. Padding on the left moves queries and keys alike. (An error in the
-    position of a query would cancel in the softmax. Bloom adds slope * position of the key.)
+    subtle: it is built over the length of the keys. With a cache, there is a single query, but keys
+    for all tokens. Padding on the left moves queries and keys alike. (An error in the position of a
+    query would cancel in the softmax. Bloom adds slope * position of the key.)
     """
     return torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)  # (T, S)
 
