@@ -24,7 +24,8 @@ def stop_at_once(*_):
     os._exit(130)
 
 
-IS_SCRIPT = ROOT in Path(sys.argv[0]).resolve().parents and "tests" not in sys.argv[0]
+# Not for tests or other programs that import the scripts.
+IS_SCRIPT = Path(sys.argv[0]).resolve().parent in (ROOT, ROOT / "variations")
 if IS_SCRIPT and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, stop_at_once)  # until run_script starts
 
