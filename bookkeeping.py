@@ -170,8 +170,6 @@ def load_unfinished(settings, device):
         say("no unfinished run: starting from scratch")
         return {}, None
     try:
-        if isinstance(content, str):
-            raise OSError(content)
         saved = tensors_from_bytes(content, device)
         before, done, progress = dict(saved["settings"]), dict(saved["done"]), saved["progress"]
         changed = differences(before, settings)
@@ -241,12 +239,11 @@ def append_to_log(settings, scores, seconds):
     with contextlib.suppress(OSError):
         if path.is_file():
             text = path.read_text(encoding="ascii", errors="replace")
-    for line in text.splitlines()[-100:]:
+    for line in text.splitlines():
         try:
             run = json.loads(line)
             exact = {name: float(value) for name, value in run["exact_match"].items()}
-            before = {ascii(name)[1:-1]: value for name, value in run["settings"].items()}
-            runs.append((before, exact, float(run["seconds"])))
+            runs.append((dict(run["settings"].items()), exact, float(run["seconds"])))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             skipped += 1
     if skipped:
@@ -256,8 +253,8 @@ def append_to_log(settings, scores, seconds):
         if path.exists() and not path.is_file():
             raise OSError(0, "not a file")
         with open(path, "a", encoding="utf-8") as file:
-            # A run that was killed while it wrote leaves a line without an end.
-            file.write("\n" * (text != "" and not text.endswith("\n")))
+            if text and not text.endswith("\n"):  # a run was killed while it wrote its line
+                file.write("\n")
             file.write(json.dumps({"settings": settings, "exact_match": scores,
                                    "seconds": round(seconds, 1)}) + "\n")
     except OSError as error:
@@ -265,8 +262,8 @@ def append_to_log(settings, scores, seconds):
     print("\nExact match of the last runs, and how their settings differed from this run's")
     print("  " + "  ".join(f"{name:>15s}" for name in scores) + "   seconds   settings")
     for before, exact, took in runs[-4:] + [(settings, scores, seconds)]:
-        difference = ascii(differences(settings, before).replace(" -> ", " was "))[1:-1] \
-            or "the same settings"
+        difference = differences(settings, before).replace(" -> ", " was ") or "the same settings"
+        difference = ascii(difference)[1:-1]  # a file may contain anything
         print("  " + "  ".join(f"{exact.get(name, math.nan):15.1%}" for name in scores)
               + f"   {took:7.1f}   {'this run' if before is settings else difference}")
 
@@ -301,7 +298,7 @@ def profiler(name, steps, device):
             written = f"warning: could not write runs/{trace.name}"
         operations = sorted(profile.key_averages(), key=lambda op: getattr(op, cost), reverse=True)
         total = sum(getattr(operation, cost) for operation in operations)
-        say(f"  the most expensive operations of the first steps ({device.type.upper()} time); "
+        say(f"  the most expensive operations of {steps} steps ({device.type.upper()} time); "
             f"{written}")
         for operation in operations[:5]:
             say(f"    {getattr(operation, cost) / total:6.1%}   {operation.key[:50]:50s}"

@@ -23,11 +23,9 @@ import copy
 import functools
 import math
 import random
-import statistics
-import time
 
 from housekeeping import (CHECKPOINTS, InputError, check_comparison, check_constants,
-                          choose_device, run_script)
+                          choose_device, median_milliseconds, run_script)
 import torch
 from torch.utils.data import DataLoader
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -91,17 +89,6 @@ def train(name, model, num_steps, warmup_steps=WARMUP_STEPS, num_sequences=None,
                                   collate_fn=collate_fn, generator=train_loader.generator)
     return train_for(ARCHITECTURES[name][0], model, train_loader, num_steps, LEARNING_RATE,
                      warmup_steps, CLIP_NORM, watch)
-
-
-def median_milliseconds(run, rounds=5):
-    """Return the median time of `run()` in milliseconds, after one call to warm up."""
-    run()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
 
 
 def held_out_sequences(count=200):

@@ -35,6 +35,8 @@ import hashlib
 import io
 import math
 import re
+import statistics
+import time
 import zipfile
 
 import torch
@@ -386,6 +388,17 @@ def code_hash(script, constants):
 
 
 # --- Running --------------------------------------------------------------------------
+def median_milliseconds(run, rounds=5):
+    """Return the median time of `run()` in milliseconds, after one call to warm up."""
+    run()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
 @contextlib.contextmanager
 def evaluation_mode(model):
     """Set `model` to evaluation mode inside the `with` block, and restore its mode afterward."""

@@ -45,7 +45,6 @@ from housekeeping import (InputError, check_arguments, check_constants, check_kn
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-
 # =====================================================================================
 # LEGEND - the letters of all scripts; each script says what S and T are in it
 #   B  batch: rows that are processed together    D  d_model: the size of a token's vector
@@ -286,7 +285,8 @@ def create_dataloaders(num_samples=6000, max_digits=5, batch_size=64, seed=0, va
     training, validation = dataset.split(validation_share)
     if not validation or not training:
         raise InputError(f"NUM_SAMPLES={num_samples} with VALIDATION_SHARE={validation_share} "
-                         f"leaves {len(training)} and {len(validation)} sequences: use 100 and 0.1")
+                         f"leaves {len(training)} sequences for training and {len(validation)} for "
+                         "validation: use 100 samples or more and a share of 0.1")
     if batch_size > len(training):
         raise InputError(f"BATCH_SIZE={batch_size} is larger than the {len(training)} training "
                          f"sequences: use {len(training)} or less, or raise "

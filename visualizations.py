@@ -69,13 +69,13 @@ FIGURES = ROOT / "figures"
 def save(figure, name, title):
     """Write figures/NAME.png with `title` at the top. Raises InputError if that fails."""
     figure.suptitle(title)
-    content = io.BytesIO()  # without the software version, identical figures are identical files
-    figure.savefig(content, metadata={"Software": None})
+    content = io.BytesIO()
+    figure.savefig(content, metadata={"Software": None})  # so that equal figures are equal files
     plt.close(figure)
     try:
         write_atomically(FIGURES / f"{name}.png", content.getvalue())
     except OSError as error:
-        raise InputError(f"cannot write figures/{name}.png ({error.strerror}): check it") from error
+        raise InputError(f"figures/{name}.png ({error.strerror}): make it writable") from error
     print(f"  figures/{name}.png   {title}", flush=True)
 
 

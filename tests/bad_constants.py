@@ -1,6 +1,6 @@
 """Set every constant of every script to bad values: is each rejected in one line, before any work?
 
-    python tests/bad_constants.py            (about 20 minutes; prints a row for each script)
+    python tests/bad_constants.py            (about 40 minutes; prints a row for each script)
     python tests/bad_constants.py decoder_only variations/alibi
 
 Not collected by pytest. A case is

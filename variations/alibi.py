@@ -14,7 +14,8 @@ Bloom and MPT use it. Press et al. report good results on rows longer than those
 
 Run it:     python variations/alibi.py        (about 10 seconds on one CPU core)
 """
-from measure import (Positions, largest_difference, new_model, prove, prove_cache, score, train)
+from measure import (LONGER, Positions, largest_difference, new_model, print_row, prove,
+                     prove_cache, train_and_score)
 import functools
 import math
 
@@ -107,19 +108,18 @@ def main():
     print("Slopes for 3 heads: " + "  ".join(f"{s:.4g}" for s in slopes_of(3).tolist()))
     prove_it()
     print(f"\nThe measurement: exact match after {NUM_EPOCHS} epochs on rows of up to 5 digits")
-    print(f"  {'':34s}{'held out':>10s}" + "".join(f"{f'{n} digits':>11s}" for n in (6, 7, 8)))
-    scores = {}
+    print_row("", ["held out", *(f"{n} digits" for n in LONGER)])
+    results = []
     for seed in range(SEED, SEED + (3 if FULL else 1)):
-        for name, change in (("sinusoids (the base)", lambda model: model), ("ALiBi", use_alibi)):
-            model = change(new_model(seed))
-            held_out = train(model, NUM_EPOCHS, seed)
-            longer = [score(model, length) for length in (6, 7, 8)]
-            scores.setdefault(name, longer[0])  # 6 digits, first seed
-            print(f"  {f'{name}, seed {seed}':34s}{held_out:10.1%}"
-                  + "".join(f"{one:11.1%}" for one in longer), flush=True)
+        rows = {"sinusoids (the base)": train_and_score(new_model(seed), NUM_EPOCHS, seed),
+                "ALiBi": train_and_score(use_alibi(new_model(seed)), NUM_EPOCHS, seed)}
+        for name, cells in rows.items():
+            print_row(f"{name}, seed {seed}", cells)
+        results.append([f"{cells[1]:.1%}" for cells in rows.values()])
     print("\nWhat this size cannot show: ALiBi was made for language modeling, where most of what "
           "matters\nis close. Here, the distance between a word and its digit grows with the row.")
-    return {"base": f"{scores['sinusoids (the base)']:.1%}", "variation": f"{scores['ALiBi']:.1%}"}
+    base, variation = results[0]  # on 6 digits, first seed
+    return {"base": base, "variation": variation}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ the keys, and one number per query: the logarithm of the sum of exp(score) (Dao 
 
 Run it:     python variations/flash_attention.py        (about 5 seconds on one CPU core)
 """
-from measure import largest_difference, median_milliseconds, prove
+from measure import largest_difference, prove
 import functools
 import math
 import weakref
@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from decoder_only import attention, causal_mask
-from housekeeping import check_constants, run_script
+from housekeeping import check_constants, median_milliseconds, run_script
 
 # =====================================================================================
 # CONSTANTS - change one, run again

@@ -5,9 +5,7 @@ A variation builds a model of the base scripts, replaces one part, proves what m
 both in the same run, with the data and the recipe of decoder_only.py. Import this file first: it
 makes the base scripts importable.
 """
-import statistics
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base scripts
@@ -19,6 +17,8 @@ from torch.utils.data import DataLoader
 import decoder_only
 from decoder_only import BATCH_SIZE, CLIP_NORM, LEARNING_RATE, WARMUP_STEPS
 from toy_dataset import DIGITS, WORD_OF, NumberTranslationDataset, collate_fn, exact_match
+
+LONGER = (6, 7, 8)  # digits; the training rows have up to five
 
 
 def new_model(seed, model_class=decoder_only.DecoderOnlyTransformer, **arguments):
@@ -81,10 +81,21 @@ def random_sequences(length, count=100, seed=1):
     return digits, [[WORD_OF[digit] for digit in row] for row in digits]
 
 
-def score(model, length, script=decoder_only, count=100):
-    """Return the exact match on random sequences of `length` digits."""
-    digits, words = random_sequences(length, count)
-    return exact_match(script.translate(model, digits), words)
+def train_and_score(model, num_epochs, seed):
+    """Train `model`. Returns its exact match on held-out sequences and on 6, 7, and 8 digits."""
+    return [train(model, num_epochs, seed), *scores(model)]
+
+
+def scores(model, lengths=LONGER):
+    """Return the exact match on random sequences of each length."""
+    pairs = [random_sequences(length) for length in lengths]
+    return [exact_match(decoder_only.translate(model, digits), words) for digits, words in pairs]
+
+
+def print_row(title, cells):
+    """Print a row of a table: percentages, or strings."""
+    print(f"  {title:34s}" + "".join(
+        f"{cell:>11s}" if isinstance(cell, str) else f"{cell:11.1%}" for cell in cells), flush=True)
 
 
 def prove(what, difference, limit=1e-10):
@@ -124,17 +135,6 @@ class Positions(nn.Module):
         """x (B, T, D), positions (B, T) -> x"""
         self.positions = positions
         return x
-
-
-def median_milliseconds(run, rounds=3):
-    """Return the median time of `run()`, after one call to warm up."""
-    run()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
 
 
 def count_parameters(model):

@@ -15,8 +15,8 @@ positions.
 
 Run it:     python variations/rotary_positions.py        (about 10 seconds on one CPU core)
 """
-from measure import (largest_difference, new_model, prove, prove_cache, replace_attention, score,
-                     train)
+from measure import (LONGER, largest_difference, new_model, print_row, prove, prove_cache,
+                     replace_attention, scores, train_and_score)
 import torch
 from torch import nn
 
@@ -119,26 +119,23 @@ def main():
     torch.set_num_threads(1)
     prove_it()
     print(f"\nThe measurement: exact match after {NUM_EPOCHS} epochs on rows of up to 5 digits")
-    print(f"  {'':34s}{'held out':>10s}" + "".join(f"{f'{n} digits':>11s}" for n in (6, 7, 8)))
-    scores = {}
+    print_row("", ["held out", *(f"{n} digits" for n in LONGER)])
+    results = []
     for seed in range(SEED, SEED + (3 if FULL else 1)):
-        for name, change in (("sinusoids (the base)", lambda model: model),
-                             ("rotary", use_rotary_positions)):
-            model = change(new_model(seed))
-            held_out = train(model, NUM_EPOCHS, seed)
-            scores.setdefault(name, held_out)  # of the first seed
-            longer = [score(model, length) for length in (6, 7, 8)]
-            print(f"  {f'{name}, seed {seed}':34s}{held_out:10.1%}"
-                  + "".join(f"{one:11.1%}" for one in longer), flush=True)
-        interpolated = []
-        for length in (6, 7, 8):  # the last token read has position 2n, which was 10 in training
+        base, model = new_model(seed), use_rotary_positions(new_model(seed))
+        rows = {"sinusoids (the base)": train_and_score(base, NUM_EPOCHS, seed),
+                "rotary": train_and_score(model, NUM_EPOCHS, seed),
+                "rotary, interpolated": [""]}
+        for length in LONGER:  # the last token read has position 2n, which was 10 in training
             model.positional_encoding.interpolation = length / 5
-            interpolated.append(score(model, length))
-        print(f"  {f'rotary, interpolated, seed {seed}':34s}{'':10s}"
-              + "".join(f"{one:11.1%}" for one in interpolated), flush=True)
+            rows["rotary, interpolated"] += scores(model, [length])
+        for name, cells in rows.items():
+            print_row(f"{name}, seed {seed}", cells)
+        results.append((rows["sinusoids (the base)"][2], rows["rotary, interpolated"][2]))
     print("\nWhat this size cannot show: models that interpolate to longer texts are trained a "
           "little more\non long texts, and their rows are thousands of tokens long.")
-    return {"base": f"{scores['sinusoids (the base)']:.1%}", "variation": f"{scores['rotary']:.1%}"}
+    base, interpolated = results[0]  # on 7 digits, first seed
+    return {"base": f"{base:.1%}", "variation": f"{interpolated:.1%}"}
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def prove_it():
               largest_difference(torch.cat(steps, 1), whole))
     for layers, window in ((1, 3), (2, 3), (3, 3), (2, 5)):
         model = use_sliding_window(new_model(0, num_layers=layers).double(), window)
-        prove(f"{layers} layers, window {window}: the reach is L (w - 1) = {layers * (window - 1)}",
+        prove(f"L = {layers}, w = {window}: the reach is L (w - 1) = {layers * (window - 1)}",
               abs(reach(model) - layers * (window - 1)))
     prove_cache(use_sliding_window(new_model(1).double(), 3))
 
