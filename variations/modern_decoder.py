@@ -18,7 +18,7 @@ parameters, within 1%. The last model is LlamaForCausalLM of transformers, up to
 rows of w_q and w_k and the factor sqrt(D) of the embedding. A test copies the weights and compares
 logits and generated tokens.
 
-Run it:     python variations/modern_decoder.py        (about 30 seconds on one CPU core)
+Run it:     python variations/modern_decoder.py        (about 20 seconds on one CPU core)
 """
 from measure import (cache_bytes, count_parameters, largest_difference, new_model, prove,
                      prove_cache, replace_attention, train)

@@ -1,7 +1,7 @@
 """
 run_all.py - run every variation and print one table
 
-Run it:     python variations/run_all.py        (about 3 minutes on one CPU core)
+Run it:     python variations/run_all.py        (about 2 minutes on one CPU core)
 
 Each variation prints its proofs and its measurements, as when it is run alone. The table at the end
 compares each with the base, measured in the same run. There is one seed, because the run takes

@@ -16,7 +16,7 @@ After L layers, a vector can depend on tokens up to L (w - 1) positions back, be
 adds w - 1. The first Mistral 7B used a window in every layer, Gemma 2 uses it in every second one,
 and Gemma 3 in five of six.
 
-Run it:     python variations/sliding_window.py        (about 20 seconds on one CPU core)
+Run it:     python variations/sliding_window.py        (about 15 seconds on one CPU core)
 """
 from measure import (cache_bytes, largest_difference, new_model, prove, prove_cache,
                      replace_attention, train)
