@@ -24,8 +24,7 @@ import functools
 import math
 import random
 
-from housekeeping import (CHECKPOINTS, InputError, check_comparison, check_constants,
-                          choose_device, median_milliseconds, run_script)
+from housekeeping import CHECKPOINTS, InputError, choose_device, prepare, run_script
 import torch
 from torch.utils.data import DataLoader
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,11 +32,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import encoder_decoder
 import encoder_only
-from decoder_only import show_strategies, time_generation
-from quick_start import ARCHITECTURES, count_passes
+from quick_start import ARCHITECTURES
 from toy_dataset import (DIGITS, EOS, IGNORE_INDEX, SEP, SOS, VOCABULARY, WORD_OF, collate_fn,
                          create_dataloaders, exact_match, make_item, to_device)
-from train_all import parameters_by_component, train_for
+from training import (count_passes, median_milliseconds, parameters_by_component, show_strategies,
+                      time_generation, train_for)
 
 # =====================================================================================
 # CONSTANTS - change one, run again
@@ -155,7 +154,7 @@ def show_training_rows(models, digits):
             logits = model.eval()(inputs, batch["pair_mask"])
         else:
             inputs = batch["decoder_input" if name == "encoder-decoder" else "pair"]
-            logits, labels = ARCHITECTURES[name][0].predict(model.eval(), batch)
+            logits, labels = ARCHITECTURES[name][0].logits_and_labels(model.eval(), batch)
         losses = -logits.log_softmax(-1)[0]  # (T, V)
         columns = []
         for position, (token, label) in enumerate(zip(inputs[0].tolist(), labels[0].tolist())):
@@ -328,7 +327,7 @@ def digit_by_scoring(name, model, digits, position, words):
     items = [{**make_item(row), "words": words, "target": VOCABULARY.encode(words)}
              for row in candidates]
     batch = to_device(collate_fn(items), choose_device(DEVICE))
-    logits, labels = ARCHITECTURES[name][0].predict(model, batch)  # (10, T, V), (10, T)
+    logits, labels = ARCHITECTURES[name][0].logits_and_labels(model, batch)  # (10, T, V), (10, T)
     counts = labels != IGNORE_INDEX
     log_p = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]  # (10, T)
     return DIGITS[(log_p * counts).sum(-1).argmax().item()]
@@ -450,12 +449,12 @@ def post_norm(model):
 
 def without_cross_padding_mask(model):
     """Ablation: let the decoder attend to the source's padding. The encoder still does not."""
-    decode = model.decode
+    run_decoder = model.run_decoder
 
     def unmasked(tokens, memory, memory_mask, *rest, **options):
-        return decode(tokens, memory, None, *rest, **options)
+        return run_decoder(tokens, memory, None, *rest, **options)
 
-    model.decode = unmasked
+    model.run_decoder = unmasked
 
 
 ABLATIONS = [  # (name, architecture, arguments, change, warmup steps, prediction)
@@ -548,9 +547,7 @@ def show_choices():
 
 
 def main():
-    check_constants(globals())
-    torch.set_num_threads(NUM_THREADS)
-    check_comparison(globals(), len(loaders()[0].dataset))
+    prepare(globals())
     models = {}
     for name, (_, model_class, file) in ARCHITECTURES.items():
         try:

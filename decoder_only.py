@@ -29,20 +29,16 @@ The last lines should be close to:
 """
 import copy
 import math
-import statistics
-import time
 
-from housekeeping import (CHECKPOINTS, check_arguments, check_constants, check_filters,
-                          check_finite, check_known, check_model, check_rows, check_sequences,
-                          choose_device, evaluation_mode, load_checkpoint, run_script,
-                          save_checkpoint, save_model)
+from housekeeping import CHECKPOINTS, BaseModel, prepare, run_script, save_model
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
-from toy_dataset import (DIGITS, EOS, IGNORE_INDEX, PAD, VOCABULARY, create_dataloaders,
-                         exact_match, print_attention, print_examples, to_device)
+from toy_dataset import (EOS, IGNORE_INDEX, PAD, SEP, VOCABULARY, check_tokens, create_dataloaders,
+                         exact_match, print_attention, print_examples)
+from training import (batches, check_finite, create_optimizer, evaluation_mode, score,
+                      show_strategies, time_generation)
 
 # =====================================================================================
 # LEGEND   B  batch                              D  d_model: the size of a token's vector
@@ -73,58 +69,102 @@ NUM_THREADS = 1          # CPU threads
 # =====================================================================================
 
 
-# --- 1. New here: the causal mask and the cache ---------------------------------------
-def causal_mask(queries, keys, device=None):
-    """Return (1, 1, queries, keys) booleans: each query may attend to keys up to its own position.
+# --- 1. Building blocks ---------------------------------------------------------------
+# KNOWN from encoder_only.py, except for what is marked NEW: the cache in MultiHeadAttention, and
+# positions in PositionalEncoding. Read these, then continue reading at `KeyValueCache`.
+def attention(queries, keys, values, mask=None, dropout=0.0):
+    """Return softmax(q k^T / sqrt(K)) v and the weights (Vaswani et al. 2017, section 3.2).
 
-    The last query has the position of the last key. With a cache, there are more keys than queries:
+    queries (B, H, T, K), keys and values (B, H, S, K); mask broadcasts to (B, H, T, S), True = may
+    attend. Each query is compared with each key, and the softmax turns a query's scores into
+    weights that sum to 1. The result is the weighted average of the values:
 
-        3 queries, 3 keys    # . .        2 queries, 5 keys    # # # # .
-        (# True, . False)    # # .        (3 are cached)       # # # # #
-                             # # #
+        one query, three keys          scores  2.0  0.0  2.0   ->   weights  0.47  0.06  0.47
+        with the third key masked                                   weights  0.88  0.12  0.00
+
+    Why divide by sqrt(K)? q.k is a sum of K products. If the entries are independent with mean 0
+    and variance 1, the sum has variance K, so a typical size of sqrt(K). The softmax of such large
+    scores puts almost all weight on one key, and its gradient is almost 0 (attention_by_hand.py).
     """
-    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    return mask[None, None]  # (1, 1, queries, keys)
+    scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.size(-1))  # (B, H, T, S)
+    if mask is not None:
+        # subtle: not -inf. A query that may attend to nothing (padding, in decoder_only.py) would
+        # become 0/0 = NaN. With the lowest finite number it gets an average that nothing uses.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, dim=-1)
+    return F.dropout(weights, dropout) @ values, weights  # (B, H, T, K), (B, H, T, S)
 
 
-class KeyValueCache:
-    """Stores the keys and values of all tokens so far in one layer, so that each is computed once.
+class MultiHeadAttention(nn.Module):
+    """Attention in H heads in parallel, each with its own K = D / H dimensions.
 
-    Under a causal mask, later tokens do not change a token's key or value. So each step after the
-    prompt sends only the newest token through the layers. The result is the same up to rounding.
-    The price is memory, 2 * D numbers per token and layer. Per token, two layers take 1 KiB here,
-    and 32 take 512 KiB in LLaMA 7B (D = 4096, 16 bits). The cache is allocated up front, because
-    growing it with torch.cat would copy everything in every step.
+    Queries are computed from x; keys and values are computed from memory, which is x itself in
+    self-attention and another sequence in cross-attention (encoder_decoder.py). A query describes
+    what a position looks for, a key what it offers, and a value the content that it passes on.
+
+    Why heads? The weights of one softmax sum to 1, so one head that attends to two tokens gets a
+    blend of both. Two heads can fetch each one separately, and w_o mixes what they found. Heads
+    cost nothing: H matrices of D x K have as many weights as one of D x D.
     """
 
-    def __init__(self, batch_size, attention, max_len):
-        weight = attention.w_k.weight  # attention: its MultiHeadAttention
-        shape = (batch_size, attention.num_heads, max_len, attention.head_dim)
-        self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        self.values = torch.empty_like(self.keys)
-        self.length = 0
+    def __init__(self, d_model, num_heads, dropout=0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = d_model // num_heads
+        self.dropout = dropout
+        self.w_q = nn.Linear(d_model, d_model)
+        self.w_k = nn.Linear(d_model, d_model)
+        self.w_v = nn.Linear(d_model, d_model)
+        self.w_o = nn.Linear(d_model, d_model)
+        self.attention_function = attention  # train_all.py can use PyTorch's fused kernel instead
 
-    def append(self, keys, values):
-        """Append keys and values (B, H, T, K). Returns all so far, (B, H, length, K) each."""
-        end = self.length + keys.size(2)
-        self.keys[:, :, self.length:end] = keys
-        self.values[:, :, self.length:end] = values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+    def split_heads(self, x):
+        """(B, S, D) -> (B, H, S, K): split the D numbers of each token among H heads.
+
+            token 0   0 1 2 3      view, transpose    head 0  [0 1] [4 5]    head 1  [2 3] [6 7]
+            token 1   4 5 6 7      view(B, H, S, K)   head 0  [0 1] [2 3]    head 1  [4 5] [6 7]
+
+        subtle: the second way has the same shape, but its heads mix up the tokens: head 0 gets all
+        of token 0 and nothing of token 1.
+        """
+        return x.view(x.size(0), x.size(1), self.num_heads, self.head_dim).transpose(1, 2)
+
+    def merge_heads(self, x):
+        """(B, H, T, K) -> (B, T, D): the inverse of split_heads."""
+        return x.transpose(1, 2).flatten(2)
+
+    # --- NEW in decoder_only.py: the cache ---
+    def new_cache(self, batch_size, max_len):
+        """Return an empty cache for `batch_size` sequences of at most `max_len` tokens."""
+        return KeyValueCache(batch_size, self, max_len)
+    # --- end of what is new ---
+
+    def forward(self, x, memory, mask=None, cache=None):  # NEW in decoder_only.py: cache
+        """x (B, T, D), memory (B, S, D), mask as in `attention` -> (B, T, D) and (B, H, T, S)"""
+        queries = self.split_heads(self.w_q(x))  # (B, H, T, K)
+        keys = self.split_heads(self.w_k(memory))  # (B, H, S, K)
+        values = self.split_heads(self.w_v(memory))
+        # --- NEW in decoder_only.py: the cache ---
+        if cache is not None:
+            keys, values = cache.append(keys, values)  # (B, H, S, K): cached and new
+        # --- end of what is new ---
+        dropout = self.dropout if self.training else 0.0
+        result, weights = self.attention_function(queries, keys, values, mask, dropout)
+        return self.w_o(self.merge_heads(result)), weights  # (B, T, D), (B, H, T, S)
 
 
-# --- 2. Building blocks ---------------------------------------------------------------
-# KNOWN from encoder_only.py, except for what is marked NEW: positions in PositionalEncoding, and
-# the cache in MultiHeadAttention. Read these, then continue reading at `DecoderLayer`.
 class PositionalEncoding(nn.Module):
     """Adds to each token's vector a fixed vector that encodes the token's position.
 
-    Without positions, an encoder cannot tell `4 0 7` from `7 0 4`, because attention ignores order.
-    Each pair (sine, cosine) is a point on a circle. From one position `pos` to the next, it turns
-    by a fixed angle, large in the first pair (i = 0) and small in the last.
+    Why? Attention is a sum over keys, and a sum ignores order: without positions, an encoder gives
+    `4 0 7` and `7 0 4` the same vectors in another order.
 
         PE[pos, 2i]   = sin(pos / 10000^(2i/D))
         PE[pos, 2i+1] = cos(pos / 10000^(2i/D))            Vaswani et al. 2017, section 3.5
+
+    Why waves? Read each pair (sine, cosine) as the hand of a clock. The first hand turns by one
+    radian per position, the last by about 1/10000 of that. Together they tell all positions apart,
+    no number exceeds 1, and "n positions further" is the same rotation everywhere.
     """
 
     def __init__(self, d_model, max_len):
@@ -146,104 +186,73 @@ class PositionalEncoding(nn.Module):
         return x + self.table[:x.size(1)]
 
 
-def attention(queries, keys, values, mask=None, dropout=0.0):
-    """Return softmax(q k^T / sqrt(K)) v and the weights (Vaswani et al. 2017, section 3.2).
-
-    queries (B, H, T, K), keys and values (B, H, S, K); mask broadcasts to (B, H, T, S), True = may
-    attend. Each query is compared with each key, and the softmax turns a row of scores into weights
-    that sum to 1. The result is the weighted average of the values. With one query and three keys:
-
-        scores  2.0  0.0  2.0    ->   weights  0.47  0.06  0.47
-        with the third key masked:    weights  0.88  0.12  0.00
-
-    Why divide by sqrt(K)? q.k is a sum of K products. If the entries are independent with mean 0
-    and variance 1, the sum has variance K, so a typical size of sqrt(K). The softmax of such large
-    scores puts almost all weight on one key, and its gradient is almost 0 (attention_by_hand.py).
-    """
-    scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.size(-1))  # (B, H, T, S)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    weights = torch.softmax(scores, dim=-1)
-    if mask is not None:
-        # subtle: if all keys of a query are masked, its softmax is 0/0 = NaN. Use weights of 0.
-        # (Only decoder_only.py has such queries: it pads on the left.)
-        weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
-    return F.dropout(weights, dropout) @ values, weights  # (B, H, T, K), (B, H, T, S)
-
-
-class MultiHeadAttention(nn.Module):
-    """Attention in H heads in parallel, each with its own K = D / H dimensions.
-
-    Queries are computed from x; keys and values are computed from memory, which is x itself in
-    self-attention and another sequence in cross-attention (encoder_decoder.py). A query describes
-    what a position looks for, a key what it offers, and a value the content that it passes on.
-    H heads have as many parameters as one head of D dimensions. w_o mixes their results.
-    """
-
-    def __init__(self, d_model, num_heads, dropout=0.0):
-        super().__init__()
-        self.num_heads = num_heads
-        self.head_dim = d_model // num_heads
-        self.dropout = dropout
-        self.w_q = nn.Linear(d_model, d_model)
-        self.w_k = nn.Linear(d_model, d_model)
-        self.w_v = nn.Linear(d_model, d_model)
-        self.w_o = nn.Linear(d_model, d_model)
-        self.formula = attention  # train_all.py can replace it with PyTorch's fused kernel
-
-    def split_heads(self, x):
-        """(B, S, D) -> (B, H, S, K): split the D dimensions of each token into H heads."""
-        # subtle: view as (B, S, H, K) first, then transpose. view(B, H, S, K) has the same shape,
-        # but it mixes the dimensions of different tokens.
-        return x.view(x.size(0), x.size(1), self.num_heads, self.head_dim).transpose(1, 2)
-
-    def merge_heads(self, x):
-        """(B, H, T, K) -> (B, T, D): the inverse of split_heads."""
-        return x.transpose(1, 2).flatten(2)
-
-    # --- NEW in decoder_only.py: the cache ---
-    def new_cache(self, batch_size, max_len):
-        """Return an empty cache for `batch_size` rows of at most `max_len` tokens."""
-        return KeyValueCache(batch_size, self, max_len)
-    # --- end of what is new ---
-
-    def forward(self, x, memory, mask=None, cache=None):  # NEW in decoder_only.py: cache
-        """x (B, T, D), memory (B, S, D), mask as in `attention` -> (B, T, D) and (B, H, T, S)"""
-        queries = self.split_heads(self.w_q(x))  # (B, H, T, K)
-        keys = self.split_heads(self.w_k(memory))  # (B, H, S, K)
-        values = self.split_heads(self.w_v(memory))
-        # --- NEW in decoder_only.py: the cache ---
-        if cache is not None:
-            keys, values = cache.append(keys, values)  # (B, H, S, K): cached and new
-        # --- end of what is new ---
-        dropout = self.dropout if self.training else 0.0
-        result, weights = self.formula(queries, keys, values, mask, dropout)
-        return self.w_o(self.merge_heads(result)), weights  # (B, T, D), (B, H, T, S)
-
-
 class FeedForward(nn.Module):
     """Two linear layers, applied to each position separately (Vaswani et al. 2017, section 3.3).
 
-    Without the nonlinearity, the two layers would be equivalent to one. GELU (Hendrycks and Gimpel
-    2016) is a smooth variant of ReLU. BERT and GPT-2 use it; the 2017 paper and T5 use ReLU.
+    What for? Attention only moves and averages what is there. This network computes something new
+    from what has arrived at a position. It needs the nonlinearity in the middle, because two linear
+    layers in a row equal one. GELU (Hendrycks and Gimpel 2016) is a smooth ReLU, max(0, x).
     """
 
     def __init__(self, d_model, d_ff, dropout=0.0):
         super().__init__()
-        self.widen = nn.Linear(d_model, d_ff)
-        self.narrow = nn.Linear(d_ff, d_model)
+        self.up = nn.Linear(d_model, d_ff)
+        self.down = nn.Linear(d_ff, d_model)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
         """(B, T, D) -> (B, T, D)"""
-        return self.narrow(self.dropout(F.gelu(self.widen(x))))
+        return self.down(self.dropout(F.gelu(self.up(x))))
+
+
+# --- 2. New here: the cache and the causal mask ---------------------------------------
+class KeyValueCache:
+    """Stores the keys and values of all tokens so far in one layer, so that each is computed once.
+
+    Later tokens never change an earlier key or value. In layer 1, a key depends on its own token
+    only. Under the causal mask, the layer's output at a position depends on that position and the
+    ones before it, so the same holds for the keys of layer 2, and of every layer after it. So each
+    step after the prompt sends only the newest token through the layers.
+
+    The price is memory: 2 * D numbers per token and layer. In LLaMA 7B (D = 4096, 32 layers, 16
+    bits) that is 512 KiB per token. The cache is allocated up front, because growing it with
+    torch.cat would copy everything at every step.
+    """
+
+    def __init__(self, batch_size, attention, max_len):
+        weight = attention.w_k.weight  # attention: its MultiHeadAttention
+        shape = (batch_size, attention.num_heads, max_len, attention.head_dim)
+        self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+
+    def append(self, keys, values):
+        """Append keys and values (B, H, T, K). Returns all so far, (B, H, length, K) each."""
+        end = self.length + keys.size(2)
+        self.keys[:, :, self.length:end] = keys
+        self.values[:, :, self.length:end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+def causal_mask(queries, keys, device=None):
+    """Return (1, 1, queries, keys) booleans: each query may attend to keys up to its own position.
+
+    The last query has the position of the last key. With a cache, there are more keys than queries:
+
+        3 queries, 3 keys    # . .        2 queries, 5 keys    # # # # .
+        (# True, . False)    # # .        (3 are cached)       # # # # #
+                             # # #
+    """
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return mask[None, None]  # (1, 1, queries, keys)
 
 
 class DecoderLayer(nn.Module):
     """One GPT layer: causal self-attention, then a feed-forward network, each added to its input.
 
-    Only the causal mask (made in `decode`) and the cache distinguish it from EncoderLayer in
-    encoder_only.py. It is pre-norm, as in Radford et al. 2019, section 2.3.
+    The same layer as EncoderLayer in encoder_only.py. Only the causal mask (made in `run_decoder`)
+    and the cache are new. GPT-2 introduced this place for the norms (Radford et al. 2019, 2.3).
     """
 
     def __init__(self, d_model, num_heads, d_ff, dropout=0.0):
@@ -278,38 +287,31 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
     With probabilities 0.5, 0.3, 0.15, and 0.05, top_k=2 keeps two tokens. top_p=0.7 also keeps two,
     because the token that crosses p stays. top_p=0.5 keeps one.
     """
-    check_filters(temperature, top_k, top_p)
     # Shifting the largest logit to 0 does not change the softmax. It avoids overflow.
-    logits = (logits - logits.max(-1, keepdim=True).values) / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    ordered, order = logits.sort(-1, descending=True)  # (B, V) each
     if top_k is not None:
-        # Select by index: masking `logits < k-th largest` would keep more than k tokens in a tie.
-        best = logits.topk(min(top_k, logits.size(-1))).indices  # (B, k)
-        keep = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, best, True)  # (B, V)
-        logits = logits.masked_fill(~keep, -math.inf)
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(-1, descending=True)  # (B, V) each
+        ordered[:, top_k:] = -math.inf
+    if top_p is not None:
         probabilities = torch.softmax(ordered, -1)
         # subtle: a token stays if those *before* it sum to less than p. So the first always stays.
         before = probabilities.cumsum(-1) - probabilities
-        # Back in vocabulary order:
-        keep = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before < top_p)
-        logits = logits.masked_fill(~keep, -math.inf)
-    return logits
+        ordered[before >= top_p] = -math.inf
+    return ordered.scatter(-1, order, ordered)  # back in vocabulary order
 
 
-def choose_next_token(logits, written, temperature=0.0, top_k=None, top_p=None,
+def choose_next_token(logits, generated, temperature=0.0, top_k=None, top_p=None,
                       repetition_penalty=1.0, generator=None):
     """Return the next ids (B,), given their logits (B, V) and the ids generated so far (B, n).
 
-    Temperature 0 is greedy: it takes the most likely token; top_k and top_p need one above 0. A
-    repetition_penalty above 1 lowers the probability of already generated tokens (Keskar et al.
-    2019, CTRL, section 4.1).
+    Temperature 0 is greedy: it takes the most likely token. A repetition_penalty above 1 lowers the
+    probability of the tokens generated so far (Keskar et al. 2019, CTRL, section 4.1).
     """
-    if repetition_penalty != 1.0 and written.size(1) > 0:
-        scores = logits.gather(1, written)  # (B, n)
+    if repetition_penalty != 1.0:
+        scores = logits.gather(1, generated)  # (B, n)
         # subtle: multiply negative logits. The paper divides them too, which rewards repetition.
         scores = torch.where(scores > 0, scores / repetition_penalty, scores * repetition_penalty)
-        logits = logits.scatter(1, written, scores)  # (B, V)
+        logits = logits.scatter(1, generated, scores)  # (B, V)
     if temperature == 0:
         return logits.argmax(-1)  # (B,)
     probabilities = torch.softmax(filter_logits(logits, temperature, top_k, top_p), -1)  # (B, V)
@@ -322,22 +324,17 @@ def cut_after(ids, stop_at):
 
 
 # --- 4. The model and `generate` (the heart of this file) -----------------------------
-class DecoderOnlyTransformer(nn.Module):
+class DecoderOnlyTransformer(BaseModel):
     """A causal transformer that predicts the next token at every position.
 
-    Differs from GPT-2 (Radford et al. 2019): sinusoidal positions instead of learned ones; the
-    embedding is scaled by sqrt(D); exact GELU instead of its tanh approximation; PyTorch's default
-    initialization of the linear layers.
+    BaseModel is an nn.Module that can save and load itself. guide/paper_and_code.md lists where
+    this model differs from GPT-2 (Radford et al. 2019), and why.
     """
 
     def __init__(self, vocab_size=len(VOCABULARY), d_model=64, num_heads=4, num_layers=2, d_ff=256,
                  dropout=0.0, max_len=64):
-        super().__init__()
-        self.arguments = {"vocab_size": vocab_size, "d_model": d_model, "num_heads": num_heads,
-                          "num_layers": num_layers, "d_ff": d_ff, "dropout": dropout,
-                          "max_len": max_len}
-        check_model(self.arguments)
-        self.vocab_size, self.max_len = vocab_size, max_len
+        super().__init__(vocab_size=vocab_size, d_model=d_model, num_heads=num_heads,
+                         num_layers=num_layers, d_ff=d_ff, dropout=dropout, max_len=max_len)
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.positional_encoding = PositionalEncoding(d_model, max_len)
         self.dropout = nn.Dropout(dropout)
@@ -345,14 +342,15 @@ class DecoderOnlyTransformer(nn.Module):
                                     for _ in range(num_layers))
         self.final_norm = nn.LayerNorm(d_model)  # pre-norm leaves the last sum unnormalized
         self.output = nn.Linear(d_model, vocab_size, bias=False)
-        # Tied weights, small for the output and scaled for the input, as in encoder_only.py.
-        # (Without the factor sqrt(D), training ends at 4-13% exact match, SEED 0-2.) A logit sums D
-        # products of a normalized vector with these weights, so its standard deviation is
-        # sqrt(64) * 0.02 = 0.16, and the first loss is close to ln V = 3.26. With nn.Embedding's
-        # default std of 1.0, the logit of the input token is about D = 64: its vector, kept by the
-        # residuals, times itself. So the model predicts that it repeats, at a loss close to 60.
+        # Tied weights: input and output share one matrix, as in encoder_only.py. A logit sums D
+        # products of a normalized vector with these weights, so with std 0.02 its standard
+        # deviation is sqrt(64) * 0.02 = 0.16, and the first loss is close to ln V = 3.26.
+        # Try std=1.0: each token's own vector travels up the residuals, and times itself it gives
+        # a logit of about D = 64. The model predicts that it repeats, at a loss close to 60.
         self.output.weight = self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=0.02)
+        # At the input, entries of 0.02 are tiny next to those of the positions, 0.7. So they are
+        # multiplied by sqrt(D) = 8. Without this factor, training ends at 4-13% (SEED 0-2).
         self.embedding_scale = math.sqrt(d_model)
 
     def positions_of(self, tokens):
@@ -363,7 +361,7 @@ class DecoderOnlyTransformer(nn.Module):
         first = (tokens != PAD).int().argmax(1, keepdim=True)  # (B, 1): argmax finds the first 1
         return (torch.arange(tokens.size(1), device=tokens.device) - first).clamp(min=0)  # (B, T)
 
-    def decode(self, tokens, mask=None, positions=None, caches=None):
+    def run_decoder(self, tokens, mask=None, positions=None, caches=None):
         """tokens (B, T) -> (B, T, D) and a list of each layer's attention weights (B, H, T, S)
 
         mask       (B, 1, 1, S), True = real token; None if there is no padding on the left
@@ -391,66 +389,48 @@ class DecoderOnlyTransformer(nn.Module):
         subtle: rows padded on the *right* need no padding mask. The padding comes after all real
         tokens, so the causal mask already hides it.
         """
-        return self.output(self.decode(tokens, mask)[0])  # (B, T, V)
+        return self.output(self.run_decoder(tokens, mask)[0])  # (B, T, V)
 
     @torch.inference_mode()
     def generate(self, prompts, max_new_tokens, temperature=0.0, top_k=None, top_p=None,
                  repetition_penalty=1.0, use_cache=True, stop_at=EOS, generator=None):
         """Continue each prompt (a list of ids) by at most `max_new_tokens`. Returns the new ids.
 
-        See `choose_next_token` for the options. Each row ends with its first `stop_at`, if any.
-        Prompts are padded on the *left*, so that all rows continue in the same column, directly
-        after their prompts. Positions are counted from the first real token of each row:
+        See `choose_next_token` for the options. Each answer ends with its first `stop_at`, if any.
+        Prompts are padded on the *left*, so that all answers start in the same column. Positions
+        are counted from the first real token:
 
             column       0     1     2     3      4      5      6
-            tokens     <PAD> <PAD>   9   <SEP>  nine   <EOS>    ?       (? is cut off at the end)
+            tokens     <PAD> <PAD>   9   <SEP>  nine   <EOS>    ?      (? is cut off at the end)
                          4     0     7   <SEP>  four   zero   seven
             positions    0     0     0     1      2      3      4
                          0     1     2     3      4      5      6
         """
-        check_arguments(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-                        top_p=top_p, repetition_penalty=repetition_penalty)
-        check_rows(prompts, self.vocab_size, self.max_len, max_new_tokens - 1)
-        device = self.embedding.weight.device
-        longest = max(len(prompt) for prompt in prompts)
-        total = longest + max_new_tokens
-        tokens = torch.full((len(prompts), total), PAD)
-        for row, prompt in zip(tokens, prompts):
-            row[longest - len(prompt):longest] = torch.tensor(prompt)
-        tokens = tokens.to(device)  # (B, total)
-        real = tokens != PAD
-        real[:, longest:] = True  # still to be generated
-        mask = None if real.all() else real[:, None, None, :]  # (B, 1, 1, total)
-        positions = self.positions_of(tokens)  # (B, total)
-        caches = None
-        if use_cache:
-            caches = [layer.self_attention.new_cache(len(prompts), total) for layer in self.layers]
-        finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # (B,)
+        self.check_input(prompts, max_new_tokens - 1, max_new_tokens=max_new_tokens,
+                         temperature=temperature, top_k=top_k, top_p=top_p,
+                         repetition_penalty=repetition_penalty)
+        n = max(map(len, prompts))
+        tokens = torch.tensor([[PAD] * (n - len(prompt)) + prompt + [PAD] * max_new_tokens
+                               for prompt in prompts], device=self.embedding.weight.device)
+        real = tokens != PAD  # (B, n + max_new_tokens), as tokens
+        real[:, n:] = True  # where the answers will be
+        mask = None if real.all() else real[:, None, None]  # (B, 1, 1, n + max_new_tokens)
+        positions = self.positions_of(tokens)
+        caches = [layer.self_attention.new_cache(*tokens.shape)
+                  for layer in self.layers] if use_cache else None
         with evaluation_mode(self):
-            for end in range(longest, total):
-                # The first step reads the whole prompt. With a cache, the others read one token.
-                start = end - 1 if use_cache and end > longest else 0
-                hidden, _ = self.decode(tokens[:, start:end],
-                                        None if mask is None else mask[..., :end],
-                                        positions[:, start:end], caches)  # (B, end - start, D)
-                logits = self.output(hidden[:, -1])  # (B, V); only the last position is needed
-                tokens[:, end] = choose_next_token(logits, tokens[:, longest:end], temperature,
-                                                   top_k, top_p, repetition_penalty, generator)
-                if stop_at is not None:
-                    finished |= tokens[:, end] == stop_at
-                    if finished.all():
-                        break
-        # Finished rows keep generating until all rows are finished. Cut the extra tokens off.
-        return [cut_after(row, stop_at) for row in tokens[:, longest:end + 1].tolist()]
-
-    def save(self, path):
-        """Write arguments and weights to `path`, or raise OSError."""
-        save_checkpoint(path, self)
-
-    @classmethod
-    def load(cls, path, device="cpu"):
-        """Return the model that was saved at `path`, or raise InputError."""
-        return load_checkpoint(path, cls, device)
+            for end in range(n, n + max_new_tokens):
+                past = caches[0].length if use_cache else 0  # send only what is not cached yet
+                hidden, _ = self.run_decoder(
+                    tokens[:, past:end], mask if mask is None else mask[..., :end],
+                    positions[:, past:end], caches)  # (B, end - past, D)
+                tokens[:, end] = choose_next_token(
+                    self.output(hidden[:, -1]), tokens[:, n:end], temperature, top_k, top_p,
+                    repetition_penalty, generator)
+                if stop_at is not None and (tokens[:, n:end + 1] == stop_at).any(1).all():
+                    break
+        # Short answers keep growing until all have ended. Cut the extra tokens off.
+        return [cut_after(ids, stop_at) for ids in tokens[:, n:end + 1].tolist()]
 
 
 def translate(model, sequences, **options):
@@ -458,15 +438,15 @@ def translate(model, sequences, **options):
 
     options: see `generate`. The limit allows the longest answer, <EOS>, and one spare token.
     """
-    check_sequences(sequences)
-    prompts = [VOCABULARY.encode([*digits, "<SEP>"]) for digits in sequences]
-    written = model.generate(prompts, max(map(len, sequences)) + 2, **options)
-    return [VOCABULARY.decode(ids[:-1] if ids[-1] == EOS else ids) for ids in written]
+    prompts = [VOCABULARY.encode(digits) + [SEP] for digits in sequences]
+    limit = max(map(len, prompts), default=1) + 1
+    answers = model.generate(prompts, limit, **options)
+    return [VOCABULARY.decode(ids[:-1] if ids[-1] == EOS else ids) for ids in answers]
 
 
 # --- 5. Training ----------------------------------------------------------------------
-def predict(model, batch):
-    """Run the model on one batch. Returns logits (B, T, V) and labels (B, T).
+def logits_and_labels(model, batch):
+    """Predict the tokens of one batch. Returns logits (B, T, V) and labels (B, T).
 
         pair           4   0   7   <SEP>   four   zero    seven
         pair_labels    .   .   .   four    zero   seven   <EOS>      . = IGNORE_INDEX
@@ -479,80 +459,34 @@ def predict(model, batch):
 
 
 # KNOWN from encoder_only.py. Continue reading at `most_uncertain`.
-def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
-    """Return the factor for the learning rate at `step`: linear warmup, then cosine decay.
+def compute_loss(model, batch, **options):
+    """Return the mean of -log(probability of the label) in nats. A uniform guess: ln 26 = 3.26.
 
-    Adam divides an average of the gradients by an average of their size. Warmup (Vaswani et al.
-    2017, section 5.3) keeps the steps small while these averages are based on few gradients (Liu
-    et al. 2020, RAdam). Decay (Loshchilov and Hutter 2017) lets the model get closer to a minimum.
+    options: see `logits_and_labels`.
     """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps  # never 0, which would waste the first step
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))  # 0 to 1
-    return final_factor + (1 - final_factor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def create_optimizer(model, learning_rate, total_steps, warmup_steps, weight_decay=0.01):
-    """Return (AdamW, scheduler) for `total_steps` steps. Call scheduler.step() after each step."""
-    fused = next(model.parameters()).device.type != "mps"  # faster; older MPS builds lack it
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay,
-                                  fused=fused)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(step, total_steps, warmup_steps))
-    return optimizer, scheduler
-
-
-def cross_entropy(logits, labels):
-    """Return the mean of -log(probability of the label) in nats. A uniform guess: ln 26 = 3.26."""
+    logits, labels = logits_and_labels(model, batch, **options)
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
-
-
-def compute_loss(model, batch):
-    """Return the mean cross-entropy of one batch, with the default options of `predict`."""
-    return cross_entropy(*predict(model, batch))
 
 
 def train_epoch(model, loader, optimizer, scheduler, clip_norm, loss_function=compute_loss):
     """Train for one epoch on `loader`. Returns the mean loss of its batches."""
     model.train()
-    device = next(model.parameters()).device
     total = 0.0
-    for batch in tqdm(loader, ascii=True, leave=False, disable=None):  # no bar without a terminal
-        loss = loss_function(model, to_device(batch, device))
+    for batch in batches(loader, next(model.parameters()).device):
+        loss = loss_function(model, batch)
         check_finite(loss.item(), scheduler.last_epoch)  # which is the step, despite its name
         optimizer.zero_grad()  # otherwise backward() adds to the gradients of the previous step
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # shortens, keeps the direction
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # one odd batch cannot do much harm
         optimizer.step()
         scheduler.step()
         total += loss.item()
     return total / len(loader)
 
 
-@torch.no_grad()
 def evaluate(model, loader):
-    """Evaluate the model on `loader`. Returns a dict with:
-
-    loss         mean cross-entropy over the labels
-    accuracy     fraction of labels that are the most likely token
-    exact_match  fraction of sequences that `translate` gets entirely correct
-    examples     (digits, expected words, written words) of each sequence, mistakes first
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    loss_sum, num_correct, num_labels, examples = 0.0, 0, 0, []
-    for batch in loader:
-        logits, labels = predict(model, to_device(batch, device))
-        counts = labels != IGNORE_INDEX  # which labels count
-        # subtle: sum and divide once. A mean of means gives a small last batch too much weight.
-        loss_sum += F.cross_entropy(logits[counts], labels[counts], reduction="sum").item()
-        num_correct += (logits.argmax(-1) == labels)[counts].sum().item()
-        num_labels += counts.sum().item()
-        examples += zip(batch["digits"], batch["words"], translate(model, batch["digits"]))
-    examples.sort(key=lambda example: example[1] == example[2])  # False sorts before True
-    num_exact = sum(expected == written for _, expected, written in examples)
-    return {"loss": loss_sum / num_labels, "accuracy": num_correct / num_labels,
-            "exact_match": num_exact / len(examples), "examples": examples}
+    """Return loss, accuracy, exact match, and examples: see `score` in training.py."""
+    return score(model, loader, logits_and_labels, translate)
 
 
 # --- 6. Looking inside ----------------------------------------------------------------
@@ -565,8 +499,8 @@ def most_uncertain(model, loader):
     """
     model.eval()
     highest, prefix = -1.0, None
-    for batch in loader:
-        logits, labels = predict(model, to_device(batch, model.embedding.weight.device))
+    for batch in batches(loader, model.embedding.weight.device):
+        logits, labels = logits_and_labels(model, batch)
         log_p = torch.log_softmax(logits, -1)  # (B, T, V)
         entropy = -(log_p.exp() * log_p).sum(-1)  # (B, T)
         entropy = entropy.masked_fill(labels == IGNORE_INDEX, -1.0)
@@ -603,29 +537,6 @@ def show_filters(model, prefix):
         print(f"  {name:20s}{row}{others:8.1%}{(probabilities > 0).sum().item():10d}")
 
 
-def show_strategies(translate, model, digits, words, strategies, seed=0):
-    """Print the exact match, diversity, and time of each strategy: {name: options of `translate`}.
-
-    Diversity is the number of distinct answers in 20 tries, averaged over ten sequences. This task
-    has one correct answer, so diversity means mistakes. In open-ended text, greedy generation tends
-    to repeat itself, and diversity is wanted (Holtzman et al. 2020).
-    """
-    some = digits[::max(1, len(digits) // 10)][:10]
-    print(f"  {'':34s}{'exact match':>12s}{'distinct of 20':>16s}{'ms per sequence':>17s}")
-    for name, options in strategies.items():
-        torch.manual_seed(seed)
-        translate(model, digits[:2], **options)  # warm up
-        start = time.perf_counter()
-        written = translate(model, digits, **options)
-        milliseconds = 1000 * (time.perf_counter() - start) / len(digits)
-        counts = []
-        for row in some:
-            tries = translate(model, [row] * 20, **options)
-            counts.append(len({" ".join(answer) for answer in tries}))
-        print(f"  {name:34s}{exact_match(written, words):12.1%}{statistics.mean(counts):16.1f}"
-              f"{milliseconds:17.3f}")
-
-
 def show_repetition_penalty(model, digits, words):
     """Print the exact match under repetition penalties, which also suppress correct repetition."""
     repeats = [len(set(row)) < len(row) for row in digits]
@@ -638,22 +549,6 @@ def show_repetition_penalty(model, digits, words):
                      if repeated == wanted]
             cells += f"{exact_match(*zip(*pairs)):18.1%}" if pairs else f"{'-':>18s}"
         print(f"  repetition_penalty={penalty:<15}{cells}")
-
-
-def time_generation(model, lengths, rounds=3):
-    """Return {True: with cache, False: without}: lists of median seconds, one per length."""
-    prompt = [VOCABULARY.encode("7 <SEP>")]
-    model.generate(prompt, 8)  # warm up
-    medians = {True: [], False: []}
-    for length in lengths:
-        seconds = {True: [], False: []}
-        for use_cache in (True, False) * rounds:  # in turn, so that a slow moment slows both
-            start = time.perf_counter()
-            model.generate(prompt, length, use_cache=use_cache, stop_at=None)
-            seconds[use_cache].append(time.perf_counter() - start)
-        for use_cache, runs in seconds.items():
-            medians[use_cache].append(statistics.median(runs))
-    return medians
 
 
 def show_cache(model, lengths=(32, 64, 128, 256)):
@@ -675,7 +570,7 @@ def show_attention(model, digits):
     n, prompt = len(digits), VOCABULARY.encode([*digits, "<SEP>"])
     written = model.generate([prompt], n + 2)[0]
     tokens = torch.tensor([prompt + written[:-1]], device=model.embedding.weight.device)  # (1, T)
-    weights = torch.stack(model.decode(tokens)[1])[:, 0]  # (layers, H, T, T)
+    weights = torch.stack(model.run_decoder(tokens)[1])[:, 0]  # (layers, H, T, T)
     # The output at <SEP> predicts word 0, which corresponds to digit 0, and so on.
     own = weights[:, :, n:2 * n, :n].diagonal(dim1=-2, dim2=-1).mean(-1)  # (layers, H)
     layer, head = divmod(own.argmax().item(), own.size(1))
@@ -686,10 +581,7 @@ def show_attention(model, digits):
 
 # --- 7. The run -----------------------------------------------------------------------
 def main():
-    check_constants(globals())
-    torch.manual_seed(SEED)
-    torch.set_num_threads(NUM_THREADS)
-    device = choose_device(DEVICE)
+    device = prepare(globals())
     train_loader, val_loader = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED)
     model = DecoderOnlyTransformer(len(VOCABULARY), D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF,
                                    DROPOUT).to(device)
@@ -738,8 +630,8 @@ def main():
 
 def answer(tokens):
     """Translate `tokens` from the command line with the saved model."""
-    check_known(tokens, DIGITS, "python decoder_only.py 4 0 7")
-    model = DecoderOnlyTransformer.load(CHECKPOINTS / "decoder_only.pt", choose_device(DEVICE))
+    check_tokens(tokens)
+    model = DecoderOnlyTransformer.load(CHECKPOINTS / "decoder_only.pt", DEVICE)
     print(f"{' '.join(tokens)}  ->  {' '.join(translate(model, [tokens])[0])}")
     show_attention(model, tokens)
 

@@ -36,18 +36,14 @@ import copy
 import math
 from typing import NamedTuple
 
-from housekeeping import (CHECKPOINTS, check_arguments, check_constants, check_filters,
-                          check_finite, check_known, check_model, check_rows, check_sequences,
-                          choose_device, evaluation_mode, load_checkpoint, run_script,
-                          save_checkpoint, save_model)
+from housekeeping import CHECKPOINTS, BaseModel, prepare, run_script, save_model
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
-from toy_dataset import (DIGITS, EOS, IGNORE_INDEX, PAD, SOS, VOCABULARY, create_dataloaders,
-                         exact_match, pad_rows, padding_mask, print_attention, print_examples,
-                         to_device)
+from toy_dataset import (EOS, IGNORE_INDEX, PAD, SOS, VOCABULARY, check_tokens, create_dataloaders,
+                         exact_match, pad_rows, padding_mask, print_attention, print_examples)
+from training import batches, check_finite, create_optimizer, evaluation_mode, score
 
 # =====================================================================================
 # LEGEND   B  batch                              D  d_model: the size of a token's vector
@@ -82,63 +78,101 @@ NUM_THREADS = 1          # CPU threads
 
 
 # --- 1. Building blocks ---------------------------------------------------------------
-# KNOWN from decoder_only.py, except for what is marked NEW in this file: KeyValueCache.reorder.
-# Read it, then continue reading at `EncoderLayer`.
-def causal_mask(queries, keys, device=None):
-    """Return (1, 1, queries, keys) booleans: each query may attend to keys up to its own position.
+# KNOWN from decoder_only.py, except for what is marked NEW: KeyValueCache.reorder. Continue reading
+# at `EncoderLayer`.
+def attention(queries, keys, values, mask=None, dropout=0.0):
+    """Return softmax(q k^T / sqrt(K)) v and the weights (Vaswani et al. 2017, section 3.2).
 
-    The last query has the position of the last key. With a cache, there are more keys than queries:
+    queries (B, H, T, K), keys and values (B, H, S, K); mask broadcasts to (B, H, T, S), True = may
+    attend. Each query is compared with each key, and the softmax turns a query's scores into
+    weights that sum to 1. The result is the weighted average of the values:
 
-        3 queries, 3 keys    # . .        2 queries, 5 keys    # # # # .
-        (# True, . False)    # # .        (3 are cached)       # # # # #
-                             # # #
+        one query, three keys          scores  2.0  0.0  2.0   ->   weights  0.47  0.06  0.47
+        with the third key masked                                   weights  0.88  0.12  0.00
+
+    Why divide by sqrt(K)? q.k is a sum of K products. If the entries are independent with mean 0
+    and variance 1, the sum has variance K, so a typical size of sqrt(K). The softmax of such large
+    scores puts almost all weight on one key, and its gradient is almost 0 (attention_by_hand.py).
     """
-    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    return mask[None, None]  # (1, 1, queries, keys)
+    scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.size(-1))  # (B, H, T, S)
+    if mask is not None:
+        # subtle: not -inf. A query that may attend to nothing (padding, in decoder_only.py) would
+        # become 0/0 = NaN. With the lowest finite number it gets an average that nothing uses.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, dim=-1)
+    return F.dropout(weights, dropout) @ values, weights  # (B, H, T, K), (B, H, T, S)
 
 
-class KeyValueCache:
-    """Stores the keys and values of all tokens so far in one layer, so that each is computed once.
+class MultiHeadAttention(nn.Module):
+    """Attention in H heads in parallel, each with its own K = D / H dimensions.
 
-    Under a causal mask, later tokens do not change a token's key or value. So each step after the
-    prompt sends only the newest token through the layers. The result is the same up to rounding.
-    The price is memory, 2 * D numbers per token and layer. Per token, two layers take 1 KiB here,
-    and 32 take 512 KiB in LLaMA 7B (D = 4096, 16 bits). The cache is allocated up front, because
-    growing it with torch.cat would copy everything in every step.
+    Queries are computed from x; keys and values are computed from memory, which is x itself in
+    self-attention and another sequence in cross-attention (encoder_decoder.py). A query describes
+    what a position looks for, a key what it offers, and a value the content that it passes on.
+
+    Why heads? The weights of one softmax sum to 1, so one head that attends to two tokens gets a
+    blend of both. Two heads can fetch each one separately, and w_o mixes what they found. Heads
+    cost nothing: H matrices of D x K have as many weights as one of D x D.
     """
 
-    def __init__(self, batch_size, attention, max_len):
-        weight = attention.w_k.weight  # attention: its MultiHeadAttention
-        shape = (batch_size, attention.num_heads, max_len, attention.head_dim)
-        self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        self.values = torch.empty_like(self.keys)
-        self.length = 0
+    def __init__(self, d_model, num_heads, dropout=0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = d_model // num_heads
+        self.dropout = dropout
+        self.w_q = nn.Linear(d_model, d_model)
+        self.w_k = nn.Linear(d_model, d_model)
+        self.w_v = nn.Linear(d_model, d_model)
+        self.w_o = nn.Linear(d_model, d_model)
+        self.attention_function = attention  # train_all.py can use PyTorch's fused kernel instead
 
-    def append(self, keys, values):
-        """Append keys and values (B, H, T, K). Returns all so far, (B, H, length, K) each."""
-        end = self.length + keys.size(2)
-        self.keys[:, :, self.length:end] = keys
-        self.values[:, :, self.length:end] = values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+    def split_heads(self, x):
+        """(B, S, D) -> (B, H, S, K): split the D numbers of each token among H heads.
 
-    # --- NEW in encoder_decoder.py: beam search ---
-    def reorder(self, rows):
-        """Replace each row i with a copy of row rows[i]. (Why: see BEAM SEARCH in section 3.)"""
-        self.keys[:, :, :self.length] = self.keys[rows, :, :self.length]
-        self.values[:, :, :self.length] = self.values[rows, :, :self.length]
+            token 0   0 1 2 3      view, transpose    head 0  [0 1] [4 5]    head 1  [2 3] [6 7]
+            token 1   4 5 6 7      view(B, H, S, K)   head 0  [0 1] [2 3]    head 1  [4 5] [6 7]
+
+        subtle: the second way has the same shape, but its heads mix up the tokens: head 0 gets all
+        of token 0 and nothing of token 1.
+        """
+        return x.view(x.size(0), x.size(1), self.num_heads, self.head_dim).transpose(1, 2)
+
+    def merge_heads(self, x):
+        """(B, H, T, K) -> (B, T, D): the inverse of split_heads."""
+        return x.transpose(1, 2).flatten(2)
+
+    # --- NEW in decoder_only.py: the cache ---
+    def new_cache(self, batch_size, max_len):
+        """Return an empty cache for `batch_size` sequences of at most `max_len` tokens."""
+        return KeyValueCache(batch_size, self, max_len)
     # --- end of what is new ---
+
+    def forward(self, x, memory, mask=None, cache=None):  # NEW in decoder_only.py: cache
+        """x (B, T, D), memory (B, S, D), mask as in `attention` -> (B, T, D) and (B, H, T, S)"""
+        queries = self.split_heads(self.w_q(x))  # (B, H, T, K)
+        keys = self.split_heads(self.w_k(memory))  # (B, H, S, K)
+        values = self.split_heads(self.w_v(memory))
+        # --- NEW in decoder_only.py: the cache ---
+        if cache is not None:
+            keys, values = cache.append(keys, values)  # (B, H, S, K): cached and new
+        # --- end of what is new ---
+        dropout = self.dropout if self.training else 0.0
+        result, weights = self.attention_function(queries, keys, values, mask, dropout)
+        return self.w_o(self.merge_heads(result)), weights  # (B, T, D), (B, H, T, S)
 
 
 class PositionalEncoding(nn.Module):
     """Adds to each token's vector a fixed vector that encodes the token's position.
 
-    Without positions, an encoder cannot tell `4 0 7` from `7 0 4`, because attention ignores order.
-    Each pair (sine, cosine) is a point on a circle. From one position `pos` to the next, it turns
-    by a fixed angle, large in the first pair (i = 0) and small in the last.
+    Why? Attention is a sum over keys, and a sum ignores order: without positions, an encoder gives
+    `4 0 7` and `7 0 4` the same vectors in another order.
 
         PE[pos, 2i]   = sin(pos / 10000^(2i/D))
         PE[pos, 2i+1] = cos(pos / 10000^(2i/D))            Vaswani et al. 2017, section 3.5
+
+    Why waves? Read each pair (sine, cosine) as the hand of a clock. The first hand turns by one
+    radian per position, the last by about 1/10000 of that. Together they tell all positions apart,
+    no number exceeds 1, and "n positions further" is the same rotation everywhere.
     """
 
     def __init__(self, d_model, max_len):
@@ -160,97 +194,72 @@ class PositionalEncoding(nn.Module):
         return x + self.table[:x.size(1)]
 
 
-def attention(queries, keys, values, mask=None, dropout=0.0):
-    """Return softmax(q k^T / sqrt(K)) v and the weights (Vaswani et al. 2017, section 3.2).
-
-    queries (B, H, T, K), keys and values (B, H, S, K); mask broadcasts to (B, H, T, S), True = may
-    attend. Each query is compared with each key, and the softmax turns a row of scores into weights
-    that sum to 1. The result is the weighted average of the values. With one query and three keys:
-
-        scores  2.0  0.0  2.0    ->   weights  0.47  0.06  0.47
-        with the third key masked:    weights  0.88  0.12  0.00
-
-    Why divide by sqrt(K)? q.k is a sum of K products. If the entries are independent with mean 0
-    and variance 1, the sum has variance K, so a typical size of sqrt(K). The softmax of such large
-    scores puts almost all weight on one key, and its gradient is almost 0 (attention_by_hand.py).
-    """
-    scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.size(-1))  # (B, H, T, S)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    weights = torch.softmax(scores, dim=-1)
-    if mask is not None:
-        # subtle: if all keys of a query are masked, its softmax is 0/0 = NaN. Use weights of 0.
-        # (Only decoder_only.py has such queries: it pads on the left.)
-        weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
-    return F.dropout(weights, dropout) @ values, weights  # (B, H, T, K), (B, H, T, S)
-
-
-class MultiHeadAttention(nn.Module):
-    """Attention in H heads in parallel, each with its own K = D / H dimensions.
-
-    Queries are computed from x; keys and values are computed from memory, which is x itself in
-    self-attention and another sequence in cross-attention (encoder_decoder.py). A query describes
-    what a position looks for, a key what it offers, and a value the content that it passes on.
-    H heads have as many parameters as one head of D dimensions. w_o mixes their results.
-    """
-
-    def __init__(self, d_model, num_heads, dropout=0.0):
-        super().__init__()
-        self.num_heads = num_heads
-        self.head_dim = d_model // num_heads
-        self.dropout = dropout
-        self.w_q = nn.Linear(d_model, d_model)
-        self.w_k = nn.Linear(d_model, d_model)
-        self.w_v = nn.Linear(d_model, d_model)
-        self.w_o = nn.Linear(d_model, d_model)
-        self.formula = attention  # train_all.py can replace it with PyTorch's fused kernel
-
-    def split_heads(self, x):
-        """(B, S, D) -> (B, H, S, K): split the D dimensions of each token into H heads."""
-        # subtle: view as (B, S, H, K) first, then transpose. view(B, H, S, K) has the same shape,
-        # but it mixes the dimensions of different tokens.
-        return x.view(x.size(0), x.size(1), self.num_heads, self.head_dim).transpose(1, 2)
-
-    def merge_heads(self, x):
-        """(B, H, T, K) -> (B, T, D): the inverse of split_heads."""
-        return x.transpose(1, 2).flatten(2)
-
-    # --- NEW in decoder_only.py: the cache ---
-    def new_cache(self, batch_size, max_len):
-        """Return an empty cache for `batch_size` rows of at most `max_len` tokens."""
-        return KeyValueCache(batch_size, self, max_len)
-    # --- end of what is new ---
-
-    def forward(self, x, memory, mask=None, cache=None):  # NEW in decoder_only.py: cache
-        """x (B, T, D), memory (B, S, D), mask as in `attention` -> (B, T, D) and (B, H, T, S)"""
-        queries = self.split_heads(self.w_q(x))  # (B, H, T, K)
-        keys = self.split_heads(self.w_k(memory))  # (B, H, S, K)
-        values = self.split_heads(self.w_v(memory))
-        # --- NEW in decoder_only.py: the cache ---
-        if cache is not None:
-            keys, values = cache.append(keys, values)  # (B, H, S, K): cached and new
-        # --- end of what is new ---
-        dropout = self.dropout if self.training else 0.0
-        result, weights = self.formula(queries, keys, values, mask, dropout)
-        return self.w_o(self.merge_heads(result)), weights  # (B, T, D), (B, H, T, S)
-
-
 class FeedForward(nn.Module):
     """Two linear layers, applied to each position separately (Vaswani et al. 2017, section 3.3).
 
-    Without the nonlinearity, the two layers would be equivalent to one. GELU (Hendrycks and Gimpel
-    2016) is a smooth variant of ReLU. BERT and GPT-2 use it; the 2017 paper and T5 use ReLU.
+    What for? Attention only moves and averages what is there. This network computes something new
+    from what has arrived at a position. It needs the nonlinearity in the middle, because two linear
+    layers in a row equal one. GELU (Hendrycks and Gimpel 2016) is a smooth ReLU, max(0, x).
     """
 
     def __init__(self, d_model, d_ff, dropout=0.0):
         super().__init__()
-        self.widen = nn.Linear(d_model, d_ff)
-        self.narrow = nn.Linear(d_ff, d_model)
+        self.up = nn.Linear(d_model, d_ff)
+        self.down = nn.Linear(d_ff, d_model)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
         """(B, T, D) -> (B, T, D)"""
-        return self.narrow(self.dropout(F.gelu(self.widen(x))))
+        return self.down(self.dropout(F.gelu(self.up(x))))
+
+
+class KeyValueCache:
+    """Stores the keys and values of all tokens so far in one layer, so that each is computed once.
+
+    Later tokens never change an earlier key or value. In layer 1, a key depends on its own token
+    only. Under the causal mask, the layer's output at a position depends on that position and the
+    ones before it, so the same holds for the keys of layer 2, and of every layer after it. So each
+    step after the prompt sends only the newest token through the layers.
+
+    The price is memory: 2 * D numbers per token and layer. In LLaMA 7B (D = 4096, 32 layers, 16
+    bits) that is 512 KiB per token. The cache is allocated up front, because growing it with
+    torch.cat would copy everything at every step.
+    """
+
+    def __init__(self, batch_size, attention, max_len):
+        weight = attention.w_k.weight  # attention: its MultiHeadAttention
+        shape = (batch_size, attention.num_heads, max_len, attention.head_dim)
+        self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+
+    def append(self, keys, values):
+        """Append keys and values (B, H, T, K). Returns all so far, (B, H, length, K) each."""
+        end = self.length + keys.size(2)
+        self.keys[:, :, self.length:end] = keys
+        self.values[:, :, self.length:end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    # --- NEW in encoder_decoder.py: beam search ---
+    def reorder(self, rows):
+        """Replace each batch row by the row with the number in `rows` (B,). Used by beam search."""
+        self.keys[:, :, :self.length] = self.keys[rows, :, :self.length]
+        self.values[:, :, :self.length] = self.values[rows, :, :self.length]
+    # --- end of what is new ---
+
+
+def causal_mask(queries, keys, device=None):
+    """Return (1, 1, queries, keys) booleans: each query may attend to keys up to its own position.
+
+    The last query has the position of the last key. With a cache, there are more keys than queries:
+
+        3 queries, 3 keys    # . .        2 queries, 5 keys    # # # # .
+        (# True, . False)    # # .        (3 are cached)       # # # # #
+                             # # #
+    """
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return mask[None, None]  # (1, 1, queries, keys)
 
 
 # KNOWN from encoder_only.py. Continue reading at `DecoderLayer`.
@@ -260,16 +269,17 @@ class EncoderLayer(nn.Module):
         x = x + attention(norm(x))
         x = x + feed_forward(norm(x))
 
-    LayerNorm gives each token's vector mean 0 and variance 1, then applies a learned gain and
-    shift. The residual `x +` gives gradients a direct path: the derivative of x + f(x) is
-    1 + f'(x). Vaswani et al. 2017 and BERT normalize after the addition (post-norm). GPT-2, T5,
-    and this file normalize the input of both parts (pre-norm, Xiong et al. 2020).
+    The residual connection `x +` lets a layer add to a token's vector instead of replacing it. It
+    also gives gradients a direct path: the derivative of x + f(x) is 1 + f'(x). LayerNorm gives
+    each token's vector mean 0 and variance 1, then applies a learned gain and shift, so that no
+    part depends on how large the sum has become. Here it comes before each part (pre-norm, Xiong et
+    al. 2020).
     """
 
     def __init__(self, d_model, num_heads, d_ff, dropout=0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(d_model)
-        self.attention = MultiHeadAttention(d_model, num_heads, dropout)
+        self.self_attention = MultiHeadAttention(d_model, num_heads, dropout)
         self.norm2 = nn.LayerNorm(d_model)
         self.feed_forward = FeedForward(d_model, d_ff, dropout)
         self.dropout = nn.Dropout(dropout)
@@ -277,7 +287,7 @@ class EncoderLayer(nn.Module):
     def forward(self, x, mask=None):
         """x (B, S, D), mask as in `attention` -> (B, S, D) and the weights (B, H, S, S)"""
         normalized = self.norm1(x)
-        attended, weights = self.attention(normalized, normalized, mask)
+        attended, weights = self.self_attention(normalized, normalized, mask)
         x = x + self.dropout(attended)  # subtle: add to x, not to `normalized`
         x = x + self.dropout(self.feed_forward(self.norm2(x)))
         return x, weights
@@ -327,85 +337,12 @@ class DecoderLayer(nn.Module):
         return x, weights
 
 
-# --- 2. Choosing a token --------------------------------------------------------------
-# KNOWN from decoder_only.py. Section 3 begins after it: continue reading at `Hypothesis`.
-def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
-    """Return logits (B, V) with -inf for every excluded token.
-
-    temperature  divides the logits: below 1 it sharpens the distribution, above 1 it flattens it
-    top_k        keeps the k most likely tokens (Fan et al. 2018, section 5)
-    top_p        keeps the smallest set of most likely tokens whose probabilities sum to at least p
-                 (Holtzman et al. 2020, section 3.1): a large set where the model is uncertain
-
-    With probabilities 0.5, 0.3, 0.15, and 0.05, top_k=2 keeps two tokens. top_p=0.7 also keeps two,
-    because the token that crosses p stays. top_p=0.5 keeps one.
-    """
-    check_filters(temperature, top_k, top_p)
-    # Shifting the largest logit to 0 does not change the softmax. It avoids overflow.
-    logits = (logits - logits.max(-1, keepdim=True).values) / temperature
-    if top_k is not None:
-        # Select by index: masking `logits < k-th largest` would keep more than k tokens in a tie.
-        best = logits.topk(min(top_k, logits.size(-1))).indices  # (B, k)
-        keep = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, best, True)  # (B, V)
-        logits = logits.masked_fill(~keep, -math.inf)
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(-1, descending=True)  # (B, V) each
-        probabilities = torch.softmax(ordered, -1)
-        # subtle: a token stays if those *before* it sum to less than p. So the first always stays.
-        before = probabilities.cumsum(-1) - probabilities
-        # Back in vocabulary order:
-        keep = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before < top_p)
-        logits = logits.masked_fill(~keep, -math.inf)
-    return logits
-
-
-def choose_next_token(logits, written, temperature=0.0, top_k=None, top_p=None,
-                      repetition_penalty=1.0, generator=None):
-    """Return the next ids (B,), given their logits (B, V) and the ids generated so far (B, n).
-
-    Temperature 0 is greedy: it takes the most likely token; top_k and top_p need one above 0. A
-    repetition_penalty above 1 lowers the probability of already generated tokens (Keskar et al.
-    2019, CTRL, section 4.1).
-    """
-    if repetition_penalty != 1.0 and written.size(1) > 0:
-        scores = logits.gather(1, written)  # (B, n)
-        # subtle: multiply negative logits. The paper divides them too, which rewards repetition.
-        scores = torch.where(scores > 0, scores / repetition_penalty, scores * repetition_penalty)
-        logits = logits.scatter(1, written, scores)  # (B, V)
-    if temperature == 0:
-        return logits.argmax(-1)  # (B,)
-    probabilities = torch.softmax(filter_logits(logits, temperature, top_k, top_p), -1)  # (B, V)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)  # (B,)
-
-
+# --- 2. The model ---------------------------------------------------------------------
 def cut_after(ids, stop_at):
     """Return `ids` up to and including the first `stop_at`, or all of them if there is none."""
     return ids[:ids.index(stop_at) + 1] if stop_at in ids else ids
 
 
-# --- 3. The model, and beam search (the heart of this file) ---------------------------
-# BEAM SEARCH. Greedy generation cannot revise a token. Beam search keeps the W best unfinished
-# answers (hypotheses), so it can find one whose first token was not the most likely. In this
-# example, W = 2 and the tokens are a, b, and <EOS>. The numbers are sums of log-probabilities:
-#
-#     step 1    a -0.5     b -1.2     <EOS> -2.4
-#     step 2    from a:    a a -1.6   a b -1.7   a <EOS> -1.5
-#               from b:    b a -1.3   b b -4.1   b <EOS> -4.4
-#     step 3    from b a:  b a <EOS> -1.4, ...
-#
-# Step 1 keeps a and b, and <EOS> is finished. Step 2 ranks all 2 * 3 candidates together. The best
-# 2W = 4 are b a, a <EOS>, a a, a b. Of these, a <EOS> is finished, and the best W = 2 of the others
-# stay: b a and a a. Step 3 finishes b a <EOS>, which wins with -1.4. Greedy generation would have
-# begun with `a` and ended with `a <EOS>` at -1.5.
-#
-# Finished hypotheses are compared by score = log-probability / length ** length_penalty. The length
-# includes <EOS>. Penalty 0 favors short answers, because each further token lowers the sum. Penalty
-# 1 takes the mean: -1.4 / 3 against -1.5 / 2. (Wu et al. 2016, section 7, divide by
-# ((5 + length) / 6) ** penalty.)
-#
-# Why the best 2W? At most W of them end, one per hypothesis, so at least W are unfinished. With
-# W = 1, `best_candidates` takes only the best one, so the search is greedy. If the beam can hold
-# every hypothesis, the search is exhaustive.
 class Hypothesis(NamedTuple):
     """A finished answer. `tokens` has no <SOS>; it ends in <EOS> if that was predicted."""
     score: float
@@ -417,36 +354,27 @@ def best_candidates(sums, logits, width):
     """Extend each hypothesis by each token and return the best 2W candidates of each source.
 
     sums (B, W) of log-probabilities, logits (B*W, V) of the next token. Returns three tensors
-    (B, 2W): the new sums, best first; the parents, 0 to W - 1; and the new tokens. For W = 1, it
-    returns only the candidate that greedy generation takes, (B, 1).
+    (B, 2W): the new sums, best first; the parents, 0 to W - 1; and the new tokens. For W = 1 they
+    are (B, 1): with a second candidate, the search would go on after the greedy answer has ended.
     """
-    log_p = torch.log_softmax(logits, -1)  # (B*W, V)
-    if width == 1:  # greedy: with a second candidate, the search would go on with it after <EOS>
-        token = logits.argmax(-1, keepdim=True)  # (B, 1)
-        return sums + log_p.gather(1, token), torch.zeros_like(token), token
-    totals = (sums[:, :, None] + log_p.view(*sums.shape, -1)).flatten(1)  # (B, W*V)
-    totals, index = totals.topk(2 * width)
-    # In the example above, `b a` has index 3: parent 3 // 3 = 1, token 3 % 3 = 0.
+    log_p = torch.log_softmax(logits, -1).view(*sums.shape, -1)  # (B, W, V)
+    totals = (sums[:, :, None] + log_p).flatten(1)  # (B, W*V)
+    totals, index = totals.topk(2 * width if width > 1 else 1)
+    # In the example below, `b a` has index 3: parent 3 // 3 = 1, token 3 % 3 = 0.
     return totals, index // log_p.size(-1), index % log_p.size(-1)
 
 
-class EncoderDecoderTransformer(nn.Module):
+class EncoderDecoderTransformer(BaseModel):
     """An encoder and a decoder that predicts the next token at every target position.
 
-    Differs from T5 (Raffel et al. 2020): sinusoidal positions, added once, instead of learned
-    relative ones in self-attention; norms and linear layers in the stacks have a bias; scores are
-    divided by sqrt(K), which T5 builds into its initial weights; embeddings are scaled at the
-    input, not at the output; GELU instead of ReLU; <SOS> starts, not <PAD>; no <EOS> on the source.
+    BaseModel is an nn.Module that can save and load itself. guide/paper_and_code.md lists where
+    this model differs from T5 (Raffel et al. 2020), and why.
     """
 
     def __init__(self, vocab_size=len(VOCABULARY), d_model=64, num_heads=4, num_layers=2, d_ff=256,
                  dropout=0.0, max_len=64):
-        super().__init__()
-        self.arguments = {"vocab_size": vocab_size, "d_model": d_model, "num_heads": num_heads,
-                          "num_layers": num_layers, "d_ff": d_ff, "dropout": dropout,
-                          "max_len": max_len}
-        check_model(self.arguments)
-        self.vocab_size, self.max_len = vocab_size, max_len
+        super().__init__(vocab_size=vocab_size, d_model=d_model, num_heads=num_heads,
+                         num_layers=num_layers, d_ff=d_ff, dropout=dropout, max_len=max_len)
         # One table for source, target, and output (Vaswani et al. 2017, section 3.4).
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.positional_encoding = PositionalEncoding(d_model, max_len)
@@ -458,7 +386,7 @@ class EncoderDecoderTransformer(nn.Module):
                                             for _ in range(num_layers))
         self.final_norm = nn.LayerNorm(d_model)
         self.output = nn.Linear(d_model, vocab_size, bias=False)
-        # Tied weights, small for the output and scaled for the input, as in encoder_only.py.
+        # Tied weights, small for the output and scaled for the input, as in decoder_only.py.
         # (Without the factor sqrt(D), training ends at 0.0-0.2% exact match, SEED 0-2.)
         self.output.weight = self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -475,7 +403,7 @@ class EncoderDecoderTransformer(nn.Module):
         x = self.embedding(tokens) * self.embedding_scale  # (B, T, D)
         return self.dropout(self.positional_encoding(x, positions))
 
-    def encode(self, tokens, mask=None):
+    def run_encoder(self, tokens, mask=None):
         """tokens (B, S) -> memory (B, S, D) and a list of each layer's weights (B, H, S, S)"""
         if mask is None:
             mask = padding_mask(tokens)  # (B, 1, 1, S)
@@ -486,7 +414,7 @@ class EncoderDecoderTransformer(nn.Module):
             all_weights.append(weights)
         return self.encoder_norm(x), all_weights
 
-    def decode(self, tokens, memory, memory_mask, positions=None, caches=None):
+    def run_decoder(self, tokens, memory, memory_mask, positions=None, caches=None):
         """tokens (B, T), memory (B, S, D) -> (B, T, D) and a list of each layer's cross-attention
         weights (B, H, T, S)
 
@@ -523,14 +451,14 @@ class EncoderDecoderTransformer(nn.Module):
         """
         if source_mask is None:
             source_mask = padding_mask(source)  # (B, 1, 1, S)
-        memory, _ = self.encode(source, source_mask)
-        return self.output(self.decode(decoder_input, memory, source_mask)[0])  # (B, T, V)
+        memory, _ = self.run_encoder(source, source_mask)
+        return self.output(self.run_decoder(decoder_input, memory, source_mask)[0])  # (B, T, V)
 
     def read(self, sources):
         """Encode lists of ids. Returns memory (B, S, D) and memory_mask (B, 1, 1, S)."""
         source = pad_rows(sources, PAD).to(self.embedding.weight.device)  # (B, S)
         mask = padding_mask(source)
-        return self.encode(source, mask)[0], mask
+        return self.run_encoder(source, mask)[0], mask
 
     def new_caches(self, batch_size, max_new_tokens, source_length):
         """Return two empty caches per decoder layer, for self-attention and cross-attention."""
@@ -539,249 +467,207 @@ class EncoderDecoderTransformer(nn.Module):
                 for layer in self.decoder_layers]
 
     @torch.inference_mode()
-    def generate(self, sources, max_new_tokens, temperature=0.0, top_k=None, top_p=None,
-                 repetition_penalty=1.0, use_cache=True, stop_at=EOS, generator=None):
-        """Write at most `max_new_tokens` for each source (a list of ids). Returns lists of ids.
+    def generate(self, sources, max_new_tokens, use_cache=True, stop_at=EOS):
+        """Generate at most `max_new_tokens` for each source (a list of ids), greedily.
 
-        The options are those of decoder_only.py. All targets start with <SOS> in the same column,
-        so they need no padding on the left.
+        Returns lists of ids. It is the loop of decoder_only.py, but all answers start with <SOS>
+        in column 0, so nothing is padded on the left. (The ways to choose a token that are shown
+        there work here too. This file has beam search instead.)
         """
-        check_arguments(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-                        top_p=top_p, repetition_penalty=repetition_penalty)
-        check_rows(sources, self.vocab_size, self.max_len)
-        check_rows([[SOS]], self.vocab_size, self.max_len, max_new_tokens - 1)
-        device = self.embedding.weight.device
-        tokens = torch.full((len(sources), max_new_tokens + 1), PAD, device=device)
-        tokens[:, 0] = SOS  # (B, max + 1)
-        positions = self.positions_of(tokens)  # (1, max + 1)
-        finished = torch.zeros(len(sources), dtype=torch.bool, device=device)  # (B,)
+        self.check_input(sources, max_new_tokens=max_new_tokens)
+        self.check_input([[SOS]], max_new_tokens - 1)
+        tokens = torch.full((len(sources), max_new_tokens + 1), SOS,
+                            device=self.embedding.weight.device)  # (B, 1 + max_new_tokens)
         with evaluation_mode(self):
             memory, memory_mask = self.read(sources)
-            caches = None
-            if use_cache:
-                caches = self.new_caches(len(sources), max_new_tokens, memory.size(1))
+            caches = self.new_caches(len(sources), max_new_tokens, memory.size(1)) \
+                if use_cache else None
             for end in range(1, max_new_tokens + 1):
-                start = end - 1 if use_cache else 0
-                hidden, _ = self.decode(tokens[:, start:end], memory, memory_mask,
-                                        positions[:, start:end], caches)  # (B, end - start, D)
-                logits = self.output(hidden[:, -1])  # (B, V); only the last position is needed
-                tokens[:, end] = choose_next_token(logits, tokens[:, 1:end], temperature,
-                                                   top_k, top_p, repetition_penalty, generator)
-                if stop_at is not None:
-                    finished |= tokens[:, end] == stop_at
-                    if finished.all():
-                        break
-        # Finished rows keep generating until all rows are finished. Cut the extra tokens off.
-        return [cut_after(row, stop_at) for row in tokens[:, 1:end + 1].tolist()]
+                past = caches[0][0].length if use_cache else 0  # send only what is not cached yet
+                hidden, _ = self.run_decoder(tokens[:, past:end], memory, memory_mask,
+                                             caches=caches)  # (B, end - past, D)
+                tokens[:, end] = self.output(hidden[:, -1]).argmax(-1)
+                if stop_at is not None and (tokens[:, 1:end + 1] == stop_at).any(1).all():
+                    break
+        # Short answers keep growing until all have ended. Cut the extra tokens off.
+        return [cut_after(ids, stop_at) for ids in tokens[:, 1:end + 1].tolist()]
 
+    # BEAM SEARCH. Greedy generation cannot revise a token. Beam search keeps the W best unfinished
+    # answers (hypotheses), so it can find one whose first token was not the most likely. In this
+    # example, W = 2, and the tokens are a, b, and <EOS>. It is chosen so that greedy fails. The
+    # numbers are sums of log-probabilities:
+    #
+    #     step 1    a -0.5     b -1.2     <EOS> -2.4
+    #     step 2    from a:    a a -1.6   a b -1.7   a <EOS> -1.5
+    #               from b:    b a -1.3   b b -4.1   b <EOS> -4.4
+    #     step 3    from b a:  b a <EOS> -1.4, ...
+    #
+    # Step 1 keeps a and b, and <EOS> is finished. Step 2 ranks all 2 * 3 candidates together. The
+    # best 2W = 4 are b a, a <EOS>, a a, a b. Of these, a <EOS> is finished, and the best W = 2 of
+    # the others stay: b a and a a. Step 3 finishes b a <EOS>, which wins with -1.4. Greedy
+    # generation would have begun with `a` and ended with `a <EOS>` at -1.5.
+    #
+    # Finished hypotheses are compared by score = sum / length ** length_penalty. The length includes
+    # <EOS>. Penalty 0 favors short answers, because each further token lowers the sum. Penalty 1
+    # takes the mean: -1.4 / 3 against -1.5 / 2.
+    #
+    # Why the best 2W? At most W of them end, one per hypothesis, so at least W are unfinished. If
+    # the beam can hold every hypothesis, the search is exhaustive. With W = 1, only the best
+    # candidate is taken, so the search is greedy.
     @torch.inference_mode()
-    def beam_search(self, sources, beam_width=4, length_penalty=1.0, max_new_tokens=32, trace=None):
+    def beam_steps(self, sources, width, length_penalty, max_new_tokens):
+        """Search step by step. Yields after each step what `beam_search` and the figures need:
+
+        candidates (B, 2W, 1 + length) of ids, sums and ends (B, 2W), kept (B, W), and the list of
+        finished hypotheses of each source. The W hypotheses of source b are rows b*W to b*W + W-1.
+        """
+        with evaluation_mode(self):
+            memory, memory_mask = (m.repeat_interleave(width, 0) for m in self.read(sources))
+            caches = self.new_caches(len(memory), max_new_tokens, memory.size(1))
+            first_row = torch.arange(0, len(memory), width, device=memory.device)[:, None]  # (B, 1)
+            tokens = torch.full((len(memory), 1), SOS, device=memory.device)  # (B*W, 1), grows
+            # All hypotheses start with the same <SOS>, so only the first of each source counts.
+            sums = torch.full((len(sources), width), -math.inf, device=memory.device)
+            sums[:, 0] = 0.0
+            finished = [[] for _ in sources]
+            for length in range(1, max_new_tokens + 1):
+                # 1. Extend. The best 2W candidates in step 2 above: b a, a <EOS>, a a, a b.
+                hidden, _ = self.run_decoder(tokens[:, -1:], memory, memory_mask, caches=caches)
+                sums, parent, token = best_candidates(sums, self.output(hidden[:, -1]), width)
+                rows = first_row + parent  # (B, 2W)
+                candidates = torch.cat([tokens[rows], token[..., None]], -1)  # (B, 2W, 1 + length)
+
+                # 2. Finish those that end: a <EOS>, with score -1.5 / 2.
+                ends = (token == EOS) | (length == max_new_tokens)  # (B, 2W)
+                for b, c in (ends & (sums > -math.inf)).nonzero().tolist():
+                    total = sums[b, c].item()
+                    finished[b].append(Hypothesis(total / length ** length_penalty, total,
+                                                  candidates[b, c, 1:].tolist()))
+
+                # 3. Keep the best W of the others, with their caches: b a, a a.
+                kept_sums, kept = sums.masked_fill(ends, -math.inf).topk(width)  # (B, W)
+                yield candidates, sums, ends, kept, finished
+                tokens = candidates.take_along_dim(kept[..., None], 1).flatten(0, 1)
+                for cache, _ in caches:  # cross-attention's stay: a child has its parent's source
+                    cache.reorder(rows.gather(1, kept).flatten())
+
+                # 4. Stop if none of these can win. A negative sum never rises, and its divisor is
+                #    largest at the limit.
+                best = sums.new_tensor([[max((h.score for h in answers), default=-math.inf)]
+                                        for answers in finished])  # (B, 1)
+                done = (kept_sums / max_new_tokens ** length_penalty <= best).all(1, keepdim=True)
+                sums = kept_sums.masked_fill(done, -math.inf)  # finished sources add no answers
+                if done.all():
+                    break
+
+    def beam_search(self, sources, beam_width=4, length_penalty=1.0, max_new_tokens=32):
         """For each source (a list of ids), return at most `beam_width` hypotheses, best first.
 
         The search stops as soon as no unfinished hypothesis can beat the best finished one, so the
         answers after the first may not be the best possible. What is unfinished after
-        `max_new_tokens` counts as finished. trace: a list that receives, for each step of the first
-        source's search, the finished and kept candidates as (tokens, new token, sum, finished).
+        `max_new_tokens` counts as finished.
         """
-        check_arguments(beam_width=beam_width, length_penalty=length_penalty,
-                        max_new_tokens=max_new_tokens)
-        check_rows(sources, self.vocab_size, self.max_len)
-        check_rows([[SOS]], self.vocab_size, self.max_len, max_new_tokens - 1)
-        batch, width, device = len(sources), beam_width, self.embedding.weight.device
-        length_penalty = float(length_penalty)  # tensors cannot be divided by integers over 64 bits
-        # The W hypotheses of source b are rows b*W to b*W + W - 1.
-        first_row = torch.arange(0, batch * width, width, device=device)[:, None]  # (B, 1)
-        tokens = torch.full((batch * width, max_new_tokens + 1), PAD, device=device)
-        tokens[:, 0] = SOS  # (B*W, max + 1)
-        positions = self.positions_of(tokens)  # (1, max + 1)
-        # All hypotheses start with the same <SOS>, so only the first of each source counts.
-        sums = torch.full((batch, width), -math.inf, device=device)  # (B, W)
-        sums[:, 0] = 0.0
-        best_score = torch.full((batch, 1), -math.inf, device=device)
-        finished = [[] for _ in sources]
-        with evaluation_mode(self):
-            memory, memory_mask = self.read(sources)
-            memory = memory.repeat_interleave(width, 0)  # (B*W, S, D)
-            memory_mask = memory_mask.repeat_interleave(width, 0)  # (B*W, 1, 1, S)
-            caches = self.new_caches(batch * width, max_new_tokens, memory.size(1))
-            for length in range(1, max_new_tokens + 1):
-                # 1. Take the best 2W candidates: b a, a <EOS>, a a, a b.
-                hidden, _ = self.decode(tokens[:, length - 1:length], memory, memory_mask,
-                                        positions[:, length - 1:length], caches)  # (B*W, 1, D)
-                logits = self.output(hidden[:, -1])  # (B*W, V)
-                sums, parent, token = best_candidates(sums, logits, width)  # (B, 2W) each
-
-                # 2. Move those that end to the finished list: a <EOS>, with score -1.5 / 2.
-                ends = (token == EOS) | (length == max_new_tokens)  # (B, 2W)
-                scores = (sums / length ** length_penalty).masked_fill(~ends, -math.inf)
-                best_score = torch.maximum(best_score, scores.amax(1, keepdim=True))  # (B, 1)
-                for b, c in (scores > -math.inf).nonzero().tolist():
-                    ids = tokens[b * width + parent[b, c], 1:length].tolist() + [token[b, c].item()]
-                    finished[b].append(Hypothesis(scores[b, c].item(), sums[b, c].item(), ids))
-
-                # 3. Keep the best W of the others, with their parents' tokens and caches: b a, a a.
-                #    The cross-attention caches need no change: parent and child share the source.
-                kept_sums, kept = sums.masked_fill(ends, -math.inf).topk(width)  # (B, W)
-                if trace is not None:  # only for show_beam_search
-                    trace.append([(tokens[parent[0, c], 1:length].tolist(), token[0, c].item(),
-                                   sums[0, c].item(), ends[0, c].item())
-                                  for c in range(sums.size(1)) if sums[0, c] > -math.inf
-                                  and (ends[0, c] or c in kept[0].tolist())])
-                rows = (first_row + parent.gather(1, kept)).flatten()  # (B*W,)
-                tokens = tokens[rows]
-                tokens[:, length] = token.gather(1, kept).flatten()
-                for self_cache, _ in caches:
-                    self_cache.reorder(rows)
-
-                # 4. Stop if no unfinished hypothesis can win. A negative sum never rises, and its
-                #    divisor is largest at the limit: sum / max_new_tokens ** length_penalty.
-                possible = kept_sums / max_new_tokens ** length_penalty  # (B, W)
-                done = (possible <= best_score).all(1, keepdim=True)  # (B, 1)
-                sums = kept_sums.masked_fill(done, -math.inf)  # finished sources add no answers
-                if done.all():
-                    break
-        return [sorted(answers, key=lambda answer: answer.score, reverse=True)[:width]
+        self.check_input(sources, beam_width=beam_width, length_penalty=length_penalty,
+                         max_new_tokens=max_new_tokens)
+        self.check_input([[SOS]], max_new_tokens - 1)
+        *_, (*_, finished) = self.beam_steps(sources, beam_width, length_penalty, max_new_tokens)
+        return [sorted(answers, key=lambda answer: answer.score, reverse=True)[:beam_width]
                 for answers in finished]
 
-    def save(self, path):
-        """Write arguments and weights to `path`, or raise OSError."""
-        save_checkpoint(path, self)
 
-    @classmethod
-    def load(cls, path, device="cpu"):
-        """Return the model that was saved at `path`, or raise InputError."""
-        return load_checkpoint(path, cls, device)
+def translate(model, sequences, beam_width=1, **options):
+    """Translate lists of digits into lists of words, with `beam_search` if beam_width is above 1.
 
-
-def translate(model, sequences, beam_width=None, **options):
-    """Translate lists of digits into lists of words. With a beam_width, it uses `beam_search`.
-
-    options: see `generate` or `beam_search`. The limit allows the longest answer, <EOS>, and one
+    options: see `generate` and `beam_search`. The limit allows the longest answer, <EOS>, and one
     spare token.
     """
-    check_sequences(sequences)
     sources = [VOCABULARY.encode(digits) for digits in sequences]
-    limit = max(map(len, sequences)) + 2
-    if beam_width is None:
-        written = model.generate(sources, limit, **options)
+    limit = max(map(len, sources), default=0) + 2
+    if beam_width == 1 and not options.keys() & {"length_penalty"}:
+        answers = model.generate(sources, limit, **options)
     else:
-        answers = model.beam_search(sources, beam_width, max_new_tokens=limit, **options)
-        written = [hypotheses[0].tokens for hypotheses in answers]
-    return [VOCABULARY.decode(ids[:-1] if ids[-1] == EOS else ids) for ids in written]
+        found = model.beam_search(sources, beam_width, max_new_tokens=limit, **options)
+        answers = [hypotheses[0].tokens for hypotheses in found]
+    return [VOCABULARY.decode(ids[:-1] if ids[-1] == EOS else ids) for ids in answers]
 
 
-# --- 4. Training ----------------------------------------------------------------------
-def predict(model, batch):
-    """Run the model on one batch. Returns logits (B, T, V) and labels (B, T).
+# --- 3. Training ----------------------------------------------------------------------
+def logits_and_labels(model, batch):
+    """Predict the target tokens of one batch. Returns logits (B, T, V) and labels (B, T).
 
-        source           4     0     7                  short rows end in <PAD>
+        source           4     0     7                  short sources end in <PAD>
         decoder_input   <SOS>  four  zero   seven
-        labels          four   zero  seven  <EOS>       short rows end in IGNORE_INDEX
+        labels          four   zero  seven  <EOS>       short targets end in IGNORE_INDEX
 
     `collate_fn` has already shifted the labels by one position. Do not shift them again here.
     """
     return model(batch["source"], batch["decoder_input"], batch["source_mask"]), batch["labels"]
 
 
-# KNOWN from encoder_only.py. Continue reading at `show_beam_search`.
-def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
-    """Return the factor for the learning rate at `step`: linear warmup, then cosine decay.
+# KNOWN from encoder_only.py. Continue reading at `record_beam_search`.
+def compute_loss(model, batch, **options):
+    """Return the mean of -log(probability of the label) in nats. A uniform guess: ln 26 = 3.26.
 
-    Adam divides an average of the gradients by an average of their size. Warmup (Vaswani et al.
-    2017, section 5.3) keeps the steps small while these averages are based on few gradients (Liu
-    et al. 2020, RAdam). Decay (Loshchilov and Hutter 2017) lets the model get closer to a minimum.
+    options: see `logits_and_labels`.
     """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps  # never 0, which would waste the first step
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))  # 0 to 1
-    return final_factor + (1 - final_factor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def create_optimizer(model, learning_rate, total_steps, warmup_steps, weight_decay=0.01):
-    """Return (AdamW, scheduler) for `total_steps` steps. Call scheduler.step() after each step."""
-    fused = next(model.parameters()).device.type != "mps"  # faster; older MPS builds lack it
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay,
-                                  fused=fused)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(step, total_steps, warmup_steps))
-    return optimizer, scheduler
-
-
-def cross_entropy(logits, labels):
-    """Return the mean of -log(probability of the label) in nats. A uniform guess: ln 26 = 3.26."""
+    logits, labels = logits_and_labels(model, batch, **options)
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
-
-
-def compute_loss(model, batch):
-    """Return the mean cross-entropy of one batch, with the default options of `predict`."""
-    return cross_entropy(*predict(model, batch))
 
 
 def train_epoch(model, loader, optimizer, scheduler, clip_norm, loss_function=compute_loss):
     """Train for one epoch on `loader`. Returns the mean loss of its batches."""
     model.train()
-    device = next(model.parameters()).device
     total = 0.0
-    for batch in tqdm(loader, ascii=True, leave=False, disable=None):  # no bar without a terminal
-        loss = loss_function(model, to_device(batch, device))
+    for batch in batches(loader, next(model.parameters()).device):
+        loss = loss_function(model, batch)
         check_finite(loss.item(), scheduler.last_epoch)  # which is the step, despite its name
         optimizer.zero_grad()  # otherwise backward() adds to the gradients of the previous step
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # shortens, keeps the direction
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # one odd batch cannot do much harm
         optimizer.step()
         scheduler.step()
         total += loss.item()
     return total / len(loader)
 
 
-@torch.no_grad()
 def evaluate(model, loader):
-    """Evaluate the model on `loader`. Returns a dict with:
+    """Return loss, accuracy, exact match, and examples: see `score` in training.py."""
+    return score(model, loader, logits_and_labels, translate)
 
-    loss         mean cross-entropy over the labels
-    accuracy     fraction of labels that are the most likely token
-    exact_match  fraction of sequences that `translate` gets entirely correct
-    examples     (digits, expected words, written words) of each sequence, mistakes first
+
+# --- 4. Looking inside ----------------------------------------------------------------
+def record_beam_search(model, digits, width, penalty):
+    """Return the steps of one search and its answers, best first.
+
+    A step is a list of (ids so far, sum, ended) of its finished and kept candidates.
     """
-    model.eval()
-    device = next(model.parameters()).device
-    loss_sum, num_correct, num_labels, examples = 0.0, 0, 0, []
-    for batch in loader:
-        logits, labels = predict(model, to_device(batch, device))
-        counts = labels != IGNORE_INDEX  # which labels count
-        # subtle: sum and divide once. A mean of means gives a small last batch too much weight.
-        loss_sum += F.cross_entropy(logits[counts], labels[counts], reduction="sum").item()
-        num_correct += (logits.argmax(-1) == labels)[counts].sum().item()
-        num_labels += counts.sum().item()
-        examples += zip(batch["digits"], batch["words"], translate(model, batch["digits"]))
-    examples.sort(key=lambda example: example[1] == example[2])  # False sorts before True
-    num_exact = sum(expected == written for _, expected, written in examples)
-    return {"loss": loss_sum / num_labels, "accuracy": num_correct / num_labels,
-            "exact_match": num_exact / len(examples), "examples": examples}
+    steps = []
+    for candidates, sums, ends, kept, finished in model.beam_steps(
+            [VOCABULARY.encode(digits)], width, penalty, len(digits) + 2):
+        shown = ends[0].scatter(0, kept[0], True) & (sums[0] > -math.inf)  # (2W,)
+        steps.append([(candidates[0, c, 1:].tolist(), sums[0, c].item(), ends[0, c].item())
+                      for c in shown.nonzero().flatten().tolist()])
+    return steps, sorted(finished[0], key=lambda answer: answer.score, reverse=True)[:width]
 
 
-# --- 5. Looking inside ----------------------------------------------------------------
 def show_beam_search(model, digits, expected, width, penalty):
     """Print one beam search step by step: the tokens so far, the new token, and the sum."""
-    trace = []
-    source, limit = [VOCABULARY.encode(digits)], len(digits) + 2
-    found = model.beam_search(source, width, penalty, limit, trace)[0]
+    steps, found = record_beam_search(model, digits, width, penalty)
     print(f"  source: {' '.join(digits)}   width {width}   length penalty {penalty}")
     print("  step   log-probability   tokens so far + new token")
-    for step, candidates in enumerate(trace, 1):
-        for n, (before, token, total, ended) in enumerate(candidates):
-            text = " ".join(VOCABULARY.decode(before) + ["+", VOCABULARY.tokens[token]])
-            print(f"  {step if n == 0 else '':>4}   {total:15.3f}   {text}"
+    for step, candidates in enumerate(steps, 1):
+        for n, (ids, total, ended) in enumerate(candidates):
+            *before, token = VOCABULARY.decode(ids)
+            print(f"  {step if n == 0 else '':>4}   {total:15.3f}   {' '.join([*before, '+', token])}"
                   + ("   (finished)" if ended else ""))
-    print(f"  stopped after {len(trace)} of {limit} steps; score = sum / length ^ penalty")
+    print(f"  stopped after {len(steps)} of {len(digits) + 2} steps; score = sum / length ^ penalty")
     for hypothesis in found:
         correct = hypothesis.tokens == VOCABULARY.encode(expected) + [EOS]
         print(f"    {hypothesis.score:8.3f} = {hypothesis.log_probability:7.3f} / "
               f"{len(hypothesis.tokens)} ^ {penalty}   "
               f"{' '.join(VOCABULARY.decode(hypothesis.tokens))}   "
               f"({'correct' if correct else 'wrong'})")
-    greedy = VOCABULARY.decode(model.generate(source, limit)[0])
-    print(f"    greedy generates:  {' '.join(greedy)}")
+    print(f"    greedy generates:  {' '.join(translate(model, [digits])[0])}")
 
 
 def show_beam_scores(model, examples, width):
@@ -807,7 +693,7 @@ def cross_attention(model, digits):
     written = model.generate(source, len(digits) + 2)[0]
     memory, memory_mask = model.read(source)
     decoder_input = torch.tensor([[SOS] + written[:-1]], device=memory.device)  # (1, T)
-    _, all_weights = model.decode(decoder_input, memory, memory_mask)
+    _, all_weights = model.run_decoder(decoder_input, memory, memory_mask)
     return written, torch.stack(all_weights)[:, 0]
 
 
@@ -839,12 +725,9 @@ def where_beams_help(model, examples, width, penalty):
     return (helped or wrong or examples)[0][:2]
 
 
-# --- 6. The run -----------------------------------------------------------------------
+# --- 5. The run -----------------------------------------------------------------------
 def main():
-    check_constants(globals())
-    torch.manual_seed(SEED)
-    torch.set_num_threads(NUM_THREADS)
-    device = choose_device(DEVICE)
+    device = prepare(globals())
     train_loader, val_loader = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED)
     model = EncoderDecoderTransformer(len(VOCABULARY), D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF,
                                       DROPOUT).to(device)
@@ -887,9 +770,8 @@ def main():
 
 def answer(tokens):
     """Translate `tokens` from the command line with the saved model."""
-    check_known(tokens, DIGITS, "python encoder_decoder.py 4 0 7")
-    model = EncoderDecoderTransformer.load(CHECKPOINTS / "encoder_decoder.pt",
-                                           choose_device(DEVICE))
+    check_tokens(tokens)
+    model = EncoderDecoderTransformer.load(CHECKPOINTS / "encoder_decoder.pt", DEVICE)
     print(f"{' '.join(tokens)}  ->  {' '.join(translate(model, [tokens])[0])}")
     show_cross_attention(model, tokens)
 

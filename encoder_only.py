@@ -34,19 +34,18 @@ The last lines should be close to:
       from scratch, the same total steps   correct      51.9%
 """
 import copy
+import functools
 import math
 
-from housekeeping import (CHECKPOINTS, check_constants, check_finite, check_known, check_model,
-                          check_rows, check_sequences, choose_device, evaluation_mode,
-                          load_checkpoint, run_script, save_checkpoint, save_model)
+from housekeeping import CHECKPOINTS, BaseModel, prepare, run_script, save_model
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from toy_dataset import (DIGITS, FIRST_ORDINARY, IGNORE_INDEX, MASK, PAD, SEP, VOCABULARY, WORDS,
-                         create_dataloaders, exact_match, pad_rows, padding_mask, print_attention,
-                         print_examples, to_device)
+                         check_tokens, create_dataloaders, exact_match, pad_rows, padding_mask,
+                         print_attention, print_examples)
+from training import batches, check_finite, create_optimizer, evaluation_mode, score
 
 # =====================================================================================
 # LEGEND   B  batch                              D  d_model: the size of a token's vector
@@ -82,16 +81,90 @@ NUM_THREADS = 1          # CPU threads
 # =====================================================================================
 
 
-# --- 1. Building blocks, in the order in which the data meets them --------------------
+# --- 1. Building blocks: attention first, because the rest serves it -------------------
+def attention(queries, keys, values, mask=None, dropout=0.0):
+    """Return softmax(q k^T / sqrt(K)) v and the weights (Vaswani et al. 2017, section 3.2).
+
+    queries (B, H, T, K), keys and values (B, H, S, K); mask broadcasts to (B, H, T, S), True = may
+    attend. Each query is compared with each key, and the softmax turns a query's scores into
+    weights that sum to 1. The result is the weighted average of the values:
+
+        one query, three keys          scores  2.0  0.0  2.0   ->   weights  0.47  0.06  0.47
+        with the third key masked                                   weights  0.88  0.12  0.00
+
+    Why divide by sqrt(K)? q.k is a sum of K products. If the entries are independent with mean 0
+    and variance 1, the sum has variance K, so a typical size of sqrt(K). The softmax of such large
+    scores puts almost all weight on one key, and its gradient is almost 0 (attention_by_hand.py).
+    """
+    scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.size(-1))  # (B, H, T, S)
+    if mask is not None:
+        # subtle: not -inf. A query that may attend to nothing (padding, in decoder_only.py) would
+        # become 0/0 = NaN. With the lowest finite number it gets an average that nothing uses.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, dim=-1)
+    return F.dropout(weights, dropout) @ values, weights  # (B, H, T, K), (B, H, T, S)
+
+
+class MultiHeadAttention(nn.Module):
+    """Attention in H heads in parallel, each with its own K = D / H dimensions.
+
+    Queries are computed from x; keys and values are computed from memory, which is x itself in
+    self-attention and another sequence in cross-attention (encoder_decoder.py). A query describes
+    what a position looks for, a key what it offers, and a value the content that it passes on.
+
+    Why heads? The weights of one softmax sum to 1, so one head that attends to two tokens gets a
+    blend of both. Two heads can fetch each one separately, and w_o mixes what they found. Heads
+    cost nothing: H matrices of D x K have as many weights as one of D x D.
+    """
+
+    def __init__(self, d_model, num_heads, dropout=0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = d_model // num_heads
+        self.dropout = dropout
+        self.w_q = nn.Linear(d_model, d_model)
+        self.w_k = nn.Linear(d_model, d_model)
+        self.w_v = nn.Linear(d_model, d_model)
+        self.w_o = nn.Linear(d_model, d_model)
+        self.attention_function = attention  # train_all.py can use PyTorch's fused kernel instead
+
+    def split_heads(self, x):
+        """(B, S, D) -> (B, H, S, K): split the D numbers of each token among H heads.
+
+            token 0   0 1 2 3      view, transpose    head 0  [0 1] [4 5]    head 1  [2 3] [6 7]
+            token 1   4 5 6 7      view(B, H, S, K)   head 0  [0 1] [2 3]    head 1  [4 5] [6 7]
+
+        subtle: the second way has the same shape, but its heads mix up the tokens: head 0 gets all
+        of token 0 and nothing of token 1.
+        """
+        return x.view(x.size(0), x.size(1), self.num_heads, self.head_dim).transpose(1, 2)
+
+    def merge_heads(self, x):
+        """(B, H, T, K) -> (B, T, D): the inverse of split_heads."""
+        return x.transpose(1, 2).flatten(2)
+
+    def forward(self, x, memory, mask=None):
+        """x (B, T, D), memory (B, S, D), mask as in `attention` -> (B, T, D) and (B, H, T, S)"""
+        queries = self.split_heads(self.w_q(x))  # (B, H, T, K)
+        keys = self.split_heads(self.w_k(memory))  # (B, H, S, K)
+        values = self.split_heads(self.w_v(memory))
+        dropout = self.dropout if self.training else 0.0
+        result, weights = self.attention_function(queries, keys, values, mask, dropout)
+        return self.w_o(self.merge_heads(result)), weights  # (B, T, D), (B, H, T, S)
+
+
 class PositionalEncoding(nn.Module):
     """Adds to each token's vector a fixed vector that encodes the token's position.
 
-    Without positions, an encoder cannot tell `4 0 7` from `7 0 4`, because attention ignores order.
-    Each pair (sine, cosine) is a point on a circle. From one position `pos` to the next, it turns
-    by a fixed angle, large in the first pair (i = 0) and small in the last.
+    Why? Attention is a sum over keys, and a sum ignores order: without positions, an encoder gives
+    `4 0 7` and `7 0 4` the same vectors in another order.
 
         PE[pos, 2i]   = sin(pos / 10000^(2i/D))
         PE[pos, 2i+1] = cos(pos / 10000^(2i/D))            Vaswani et al. 2017, section 3.5
+
+    Why waves? Read each pair (sine, cosine) as the hand of a clock. The first hand turns by one
+    radian per position, the last by about 1/10000 of that. Together they tell all positions apart,
+    no number exceeds 1, and "n positions further" is the same rotation everywhere.
     """
 
     def __init__(self, d_model, max_len):
@@ -109,87 +182,23 @@ class PositionalEncoding(nn.Module):
         return x + self.table[:x.size(1)]
 
 
-def attention(queries, keys, values, mask=None, dropout=0.0):
-    """Return softmax(q k^T / sqrt(K)) v and the weights (Vaswani et al. 2017, section 3.2).
-
-    queries (B, H, T, K), keys and values (B, H, S, K); mask broadcasts to (B, H, T, S), True = may
-    attend. Each query is compared with each key, and the softmax turns a row of scores into weights
-    that sum to 1. The result is the weighted average of the values. With one query and three keys:
-
-        scores  2.0  0.0  2.0    ->   weights  0.47  0.06  0.47
-        with the third key masked:    weights  0.88  0.12  0.00
-
-    Why divide by sqrt(K)? q.k is a sum of K products. If the entries are independent with mean 0
-    and variance 1, the sum has variance K, so a typical size of sqrt(K). The softmax of such large
-    scores puts almost all weight on one key, and its gradient is almost 0 (attention_by_hand.py).
-    """
-    scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.size(-1))  # (B, H, T, S)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    weights = torch.softmax(scores, dim=-1)
-    if mask is not None:
-        # subtle: if all keys of a query are masked, its softmax is 0/0 = NaN. Use weights of 0.
-        # (Only decoder_only.py has such queries: it pads on the left.)
-        weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
-    return F.dropout(weights, dropout) @ values, weights  # (B, H, T, K), (B, H, T, S)
-
-
-class MultiHeadAttention(nn.Module):
-    """Attention in H heads in parallel, each with its own K = D / H dimensions.
-
-    Queries are computed from x; keys and values are computed from memory, which is x itself in
-    self-attention and another sequence in cross-attention (encoder_decoder.py). A query describes
-    what a position looks for, a key what it offers, and a value the content that it passes on.
-    H heads have as many parameters as one head of D dimensions. w_o mixes their results.
-    """
-
-    def __init__(self, d_model, num_heads, dropout=0.0):
-        super().__init__()
-        self.num_heads = num_heads
-        self.head_dim = d_model // num_heads
-        self.dropout = dropout
-        self.w_q = nn.Linear(d_model, d_model)
-        self.w_k = nn.Linear(d_model, d_model)
-        self.w_v = nn.Linear(d_model, d_model)
-        self.w_o = nn.Linear(d_model, d_model)
-        self.formula = attention  # train_all.py can replace it with PyTorch's fused kernel
-
-    def split_heads(self, x):
-        """(B, S, D) -> (B, H, S, K): split the D dimensions of each token into H heads."""
-        # subtle: view as (B, S, H, K) first, then transpose. view(B, H, S, K) has the same shape,
-        # but it mixes the dimensions of different tokens.
-        return x.view(x.size(0), x.size(1), self.num_heads, self.head_dim).transpose(1, 2)
-
-    def merge_heads(self, x):
-        """(B, H, T, K) -> (B, T, D): the inverse of split_heads."""
-        return x.transpose(1, 2).flatten(2)
-
-    def forward(self, x, memory, mask=None):
-        """x (B, T, D), memory (B, S, D), mask as in `attention` -> (B, T, D) and (B, H, T, S)"""
-        queries = self.split_heads(self.w_q(x))  # (B, H, T, K)
-        keys = self.split_heads(self.w_k(memory))  # (B, H, S, K)
-        values = self.split_heads(self.w_v(memory))
-        dropout = self.dropout if self.training else 0.0
-        result, weights = self.formula(queries, keys, values, mask, dropout)
-        return self.w_o(self.merge_heads(result)), weights  # (B, T, D), (B, H, T, S)
-
-
 class FeedForward(nn.Module):
     """Two linear layers, applied to each position separately (Vaswani et al. 2017, section 3.3).
 
-    Without the nonlinearity, the two layers would be equivalent to one. GELU (Hendrycks and Gimpel
-    2016) is a smooth variant of ReLU. BERT and GPT-2 use it; the 2017 paper and T5 use ReLU.
+    What for? Attention only moves and averages what is there. This network computes something new
+    from what has arrived at a position. It needs the nonlinearity in the middle, because two linear
+    layers in a row equal one. GELU (Hendrycks and Gimpel 2016) is a smooth ReLU, max(0, x).
     """
 
     def __init__(self, d_model, d_ff, dropout=0.0):
         super().__init__()
-        self.widen = nn.Linear(d_model, d_ff)
-        self.narrow = nn.Linear(d_ff, d_model)
+        self.up = nn.Linear(d_model, d_ff)
+        self.down = nn.Linear(d_ff, d_model)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
         """(B, T, D) -> (B, T, D)"""
-        return self.narrow(self.dropout(F.gelu(self.widen(x))))
+        return self.down(self.dropout(F.gelu(self.up(x))))
 
 
 class EncoderLayer(nn.Module):
@@ -198,16 +207,17 @@ class EncoderLayer(nn.Module):
         x = x + attention(norm(x))
         x = x + feed_forward(norm(x))
 
-    LayerNorm gives each token's vector mean 0 and variance 1, then applies a learned gain and
-    shift. The residual `x +` gives gradients a direct path: the derivative of x + f(x) is
-    1 + f'(x). Vaswani et al. 2017 and BERT normalize after the addition (post-norm). GPT-2, T5,
-    and this file normalize the input of both parts (pre-norm, Xiong et al. 2020).
+    The residual connection `x +` lets a layer add to a token's vector instead of replacing it. It
+    also gives gradients a direct path: the derivative of x + f(x) is 1 + f'(x). LayerNorm gives
+    each token's vector mean 0 and variance 1, then applies a learned gain and shift, so that no
+    part depends on how large the sum has become. Here it comes before each part (pre-norm, Xiong et
+    al. 2020).
     """
 
     def __init__(self, d_model, num_heads, d_ff, dropout=0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(d_model)
-        self.attention = MultiHeadAttention(d_model, num_heads, dropout)
+        self.self_attention = MultiHeadAttention(d_model, num_heads, dropout)
         self.norm2 = nn.LayerNorm(d_model)
         self.feed_forward = FeedForward(d_model, d_ff, dropout)
         self.dropout = nn.Dropout(dropout)
@@ -215,30 +225,24 @@ class EncoderLayer(nn.Module):
     def forward(self, x, mask=None):
         """x (B, S, D), mask as in `attention` -> (B, S, D) and the weights (B, H, S, S)"""
         normalized = self.norm1(x)
-        attended, weights = self.attention(normalized, normalized, mask)
+        attended, weights = self.self_attention(normalized, normalized, mask)
         x = x + self.dropout(attended)  # subtle: add to x, not to `normalized`
         x = x + self.dropout(self.feed_forward(self.norm2(x)))
         return x, weights
 
 
 # --- 2. The model ---------------------------------------------------------------------
-class EncoderOnlyTransformer(nn.Module):
+class EncoderOnlyTransformer(BaseModel):
     """An encoder that predicts a token at every position.
 
-    Differs from Devlin et al. 2019: pre-norm instead of post-norm; sinusoidal positions instead of
-    learned ones; the embedding is scaled and not normalized; no vector that marks the two sides
-    (<SEP> separates them); no next-sentence prediction (Liu et al. 2019, RoBERTa, found that it
-    does not help); no extra dense layer before the output.
+    BaseModel is an nn.Module that can save and load itself. guide/paper_and_code.md lists where
+    this model differs from BERT (Devlin et al. 2019), and why.
     """
 
     def __init__(self, vocab_size=len(VOCABULARY), d_model=64, num_heads=4, num_layers=2, d_ff=256,
                  dropout=0.0, max_len=64):
-        super().__init__()
-        self.arguments = {"vocab_size": vocab_size, "d_model": d_model, "num_heads": num_heads,
-                          "num_layers": num_layers, "d_ff": d_ff, "dropout": dropout,
-                          "max_len": max_len}
-        check_model(self.arguments)
-        self.vocab_size, self.max_len = vocab_size, max_len
+        super().__init__(vocab_size=vocab_size, d_model=d_model, num_heads=num_heads,
+                         num_layers=num_layers, d_ff=d_ff, dropout=dropout, max_len=max_len)
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.positional_encoding = PositionalEncoding(d_model, max_len)
         self.dropout = nn.Dropout(dropout)
@@ -249,15 +253,14 @@ class EncoderOnlyTransformer(nn.Module):
         # Tied weights (Press and Wolf 2017): input and output share one matrix, which saves V * D
         # parameters. The output needs small weights: with std 0.02, the first loss is close to
         # ln V = 3.26, that of a uniform guess. At the input, entries of 0.02 are tiny next to those
-        # of the positions, 0.7, so `encode` multiplies them by sqrt(D) = 8 (Vaswani et al. 2017,
-        # section 3.4).
-        # Without this factor, training ends at 0.0-0.2% exact match (SEED 0-2).
+        # of the positions, 0.7, so `run_encoder` multiplies them by sqrt(D) = 8 (Vaswani et al.
+        # 2017, section 3.4). Without this factor, training ends at 0.0-0.2% (SEED 0-2).
         self.output.weight = self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.zeros_(self.output.bias)
         self.embedding_scale = math.sqrt(d_model)
 
-    def encode(self, tokens, mask=None):
+    def run_encoder(self, tokens, mask=None):
         """tokens (B, S) -> (B, S, D) and a list of each layer's attention weights (B, H, S, S)"""
         if mask is None:
             mask = padding_mask(tokens)  # (B, 1, 1, S)
@@ -271,16 +274,7 @@ class EncoderOnlyTransformer(nn.Module):
 
     def forward(self, tokens, mask=None):
         """tokens (B, S) -> logits (B, S, V): the scores of all tokens, before the softmax"""
-        return self.output(self.encode(tokens, mask)[0])  # (B, S, V)
-
-    def save(self, path):
-        """Write arguments and weights to `path`, or raise OSError."""
-        save_checkpoint(path, self)
-
-    @classmethod
-    def load(cls, path, device="cpu"):
-        """Return the model that was saved at `path`, or raise InputError."""
-        return load_checkpoint(path, cls, device)
+        return self.output(self.run_encoder(tokens, mask)[0])  # (B, S, V)
 
 
 # --- 3. What it is trained for: masked language modeling ------------------------------
@@ -331,20 +325,20 @@ def mask_tokens(tokens, mask_share=0.8, random_share=0.1, min_rate=0.15, generat
     return corrupted, labels
 
 
-def predict(model, batch, mask_share=0.8, random_share=0.1, min_rate=0.15):
-    """Run the model on one batch. Returns logits (B, S, V) and labels (B, S).
+def logits_and_labels(model, batch, mask_share=0.8, random_share=0.1, min_rate=0.15):
+    """Mask the tokens of one batch and predict them. Returns logits (B, S, V) and labels (B, S).
 
     In training, tokens are masked at random, differently in each epoch. In evaluation, all words
     are masked, as in translation, so that the loss is reproducible.
     """
     tokens = batch["pair"]  # (B, S)
     if model.training:
-        corrupted, labels = mask_tokens(tokens, mask_share, random_share, min_rate)
+        masked, labels = mask_tokens(tokens, mask_share, random_share, min_rate)
     else:
         words = word_positions(tokens)
-        corrupted = tokens.masked_fill(words, MASK)
+        masked = tokens.masked_fill(words, MASK)
         labels = tokens.masked_fill(~words, IGNORE_INDEX)
-    return model(corrupted, batch["pair_mask"]), labels  # (B, S, V), (B, S)
+    return model(masked, batch["pair_mask"]), labels  # (B, S, V), (B, S)
 
 
 # --- 4. Using it: fill the masks ------------------------------------------------------
@@ -356,7 +350,7 @@ def fill_masks(model, rows):
     works poorly for free text, where one word depends on the choice of another.
     """
     encoded = [VOCABULARY.encode(row) for row in rows]
-    check_rows(encoded, model.vocab_size, model.max_len)
+    model.check_input(encoded)
     tokens = pad_rows(encoded, PAD).to(model.embedding.weight.device)  # (B, S)
     with evaluation_mode(model):
         filled = torch.where(tokens == MASK, model(tokens).argmax(-1), tokens).tolist()
@@ -365,7 +359,6 @@ def fill_masks(model, rows):
 
 def translate(model, sequences):
     """Translate lists of digits into words by filling `4 0 7 <SEP> <MASK> <MASK> <MASK>`."""
-    check_sequences(sequences)
     filled = fill_masks(model, [[*digits, "<SEP>"] + ["<MASK>"] * len(digits)
                                 for digits in sequences])
     return [row[len(digits) + 1:] for row, digits in zip(filled, sequences)]
@@ -377,86 +370,39 @@ def translate_back(model, sequences):
     A model that reads from left to right, digits first, cannot do this, because it must predict the
     digits before it has read the words.
     """
-    check_sequences(sequences)
     filled = fill_masks(model, [["<MASK>"] * len(words) + ["<SEP>", *words] for words in sequences])
     return [row[:len(words)] for row, words in zip(filled, sequences)]
 
 
 # --- 5. Training ----------------------------------------------------------------------
-def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
-    """Return the factor for the learning rate at `step`: linear warmup, then cosine decay.
+def compute_loss(model, batch, **options):
+    """Return the mean of -log(probability of the label) in nats. A uniform guess: ln 26 = 3.26.
 
-    Adam divides an average of the gradients by an average of their size. Warmup (Vaswani et al.
-    2017, section 5.3) keeps the steps small while these averages are based on few gradients (Liu
-    et al. 2020, RAdam). Decay (Loshchilov and Hutter 2017) lets the model get closer to a minimum.
+    options: see `logits_and_labels`.
     """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps  # never 0, which would waste the first step
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))  # 0 to 1
-    return final_factor + (1 - final_factor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def create_optimizer(model, learning_rate, total_steps, warmup_steps, weight_decay=0.01):
-    """Return (AdamW, scheduler) for `total_steps` steps. Call scheduler.step() after each step."""
-    fused = next(model.parameters()).device.type != "mps"  # faster; older MPS builds lack it
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay,
-                                  fused=fused)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(step, total_steps, warmup_steps))
-    return optimizer, scheduler
-
-
-def cross_entropy(logits, labels):
-    """Return the mean of -log(probability of the label) in nats. A uniform guess: ln 26 = 3.26."""
+    logits, labels = logits_and_labels(model, batch, **options)
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
-
-
-def compute_loss(model, batch):
-    """Return the mean cross-entropy of one batch, with the default options of `predict`."""
-    return cross_entropy(*predict(model, batch))
 
 
 def train_epoch(model, loader, optimizer, scheduler, clip_norm, loss_function=compute_loss):
     """Train for one epoch on `loader`. Returns the mean loss of its batches."""
     model.train()
-    device = next(model.parameters()).device
     total = 0.0
-    for batch in tqdm(loader, ascii=True, leave=False, disable=None):  # no bar without a terminal
-        loss = loss_function(model, to_device(batch, device))
+    for batch in batches(loader, next(model.parameters()).device):
+        loss = loss_function(model, batch)
         check_finite(loss.item(), scheduler.last_epoch)  # which is the step, despite its name
         optimizer.zero_grad()  # otherwise backward() adds to the gradients of the previous step
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # shortens, keeps the direction
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # one odd batch cannot do much harm
         optimizer.step()
         scheduler.step()
         total += loss.item()
     return total / len(loader)
 
 
-@torch.no_grad()
 def evaluate(model, loader):
-    """Evaluate the model on `loader`. Returns a dict with:
-
-    loss         mean cross-entropy over the labels
-    accuracy     fraction of labels that are the most likely token
-    exact_match  fraction of sequences that `translate` gets entirely correct
-    examples     (digits, expected words, written words) of each sequence, mistakes first
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    loss_sum, num_correct, num_labels, examples = 0.0, 0, 0, []
-    for batch in loader:
-        logits, labels = predict(model, to_device(batch, device))
-        counts = labels != IGNORE_INDEX  # which labels count
-        # subtle: sum and divide once. A mean of means gives a small last batch too much weight.
-        loss_sum += F.cross_entropy(logits[counts], labels[counts], reduction="sum").item()
-        num_correct += (logits.argmax(-1) == labels)[counts].sum().item()
-        num_labels += counts.sum().item()
-        examples += zip(batch["digits"], batch["words"], translate(model, batch["digits"]))
-    examples.sort(key=lambda example: example[1] == example[2])  # False sorts before True
-    num_exact = sum(expected == written for _, expected, written in examples)
-    return {"loss": loss_sum / num_labels, "accuracy": num_correct / num_labels,
-            "exact_match": num_exact / len(examples), "examples": examples}
+    """Return loss, accuracy, exact match, and examples: see `score` in training.py."""
+    return score(model, loader, logits_and_labels, translate)
 
 
 # --- 6. Fine-tuning: a small layer on top of the pretrained model ---------------------
@@ -494,7 +440,7 @@ class MatchClassifier(nn.Module):
     def forward(self, tokens):
         """tokens (B, S) -> logits (B, 2)"""
         mask = padding_mask(tokens)  # (B, 1, 1, S)
-        hidden, _ = self.encoder.encode(tokens, mask)  # (B, S, D)
+        hidden, _ = self.encoder.run_encoder(tokens, mask)  # (B, S, D)
         real = mask[:, 0, 0, :, None]  # (B, S, 1)
         # subtle: hidden.mean(1) would average over the padding too. The prediction for a row would
         # then depend on the lengths of the other rows in its batch.
@@ -566,7 +512,7 @@ def attention_of_masks(model, row):
     masked = [i for i, token in enumerate(row) if token == "<MASK>"]
     others = [i for i, token in enumerate(row) if token not in ("<MASK>", "<SEP>")]
     tokens = torch.tensor([VOCABULARY.encode(row)], device=model.embedding.weight.device)  # (1, S)
-    weights = torch.stack(model.encode(tokens)[1])[:, 0]  # (layers, H, S, S)
+    weights = torch.stack(model.run_encoder(tokens)[1])[:, 0]  # (layers, H, S, S)
     return weights[:, :, masked].cpu(), others
 
 
@@ -603,18 +549,15 @@ def show_attention(model, row):
 
 # --- 8. The run -----------------------------------------------------------------------
 def main():
-    check_constants(globals())
-    torch.manual_seed(SEED)
-    torch.set_num_threads(NUM_THREADS)
-    device = choose_device(DEVICE)
+    device = prepare(globals())
     train_loader, val_loader = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED)
     model = EncoderOnlyTransformer(len(VOCABULARY), D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF,
                                    DROPOUT).to(device)
     print(f"encoder-only: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{len(train_loader.dataset)} training and {len(val_loader.dataset)} held-out sequences")
 
-    def pretraining_loss(model, batch):
-        return cross_entropy(*predict(model, batch, MASK_SHARE, RANDOM_SHARE, MIN_MASKING_RATE))
+    pretraining_loss = functools.partial(compute_loss, mask_share=MASK_SHARE,
+                                         random_share=RANDOM_SHARE, min_rate=MIN_MASKING_RATE)
 
     print("\n1. Pretraining: predict the masked tokens (validation: all words masked)")
     optimizer, scheduler = create_optimizer(model, LEARNING_RATE, NUM_EPOCHS * len(train_loader),
@@ -664,8 +607,8 @@ def main():
 def answer(tokens):
     """Translate `tokens` from the command line with the saved model."""
     known = WORDS if tokens[0] in WORDS else DIGITS
-    check_known(tokens, known, "python encoder_only.py 4 0 7")
-    model = EncoderOnlyTransformer.load(CHECKPOINTS / "encoder_only.pt", choose_device(DEVICE))
+    check_tokens(tokens, known)
+    model = EncoderOnlyTransformer.load(CHECKPOINTS / "encoder_only.pt", DEVICE)
     masks = ["<MASK>"] * len(tokens)
     if known is DIGITS:
         row, written = [*tokens, "<SEP>", *masks], translate(model, [tokens])[0]

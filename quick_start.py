@@ -27,13 +27,14 @@ screen), toy_dataset.py (the task), encoder_only.py, decoder_only.py, encoder_de
 import functools
 import time
 
-from housekeeping import CHECKPOINTS, check_constants, choose_device, run_script, save_model
+from housekeeping import CHECKPOINTS, prepare, run_script, save_model
 import torch
 
 import decoder_only
 import encoder_decoder
 import encoder_only
 from toy_dataset import VOCABULARY, create_dataloaders, print_examples
+from training import count_parameters, count_passes
 
 # =====================================================================================
 # CONSTANTS - change one, run again
@@ -64,22 +65,8 @@ ARCHITECTURES = {
 }
 
 
-def count_passes(model, run):
-    """Return how many times `run()` runs a stack of `model`: the calls to the stack's last norm."""
-    calls = []
-    names = ("final_norm", "encoder_norm")
-    norms = [getattr(model, name) for name in names if hasattr(model, name)]
-    handles = [norm.register_forward_hook(lambda *_: calls.append(1)) for norm in norms]
-    run()
-    for handle in handles:
-        handle.remove()
-    return len(calls)
-
-
 def main():
-    check_constants(globals())
-    torch.set_num_threads(NUM_THREADS)
-    device = choose_device(DEVICE)
+    device = prepare(globals())
     rows, examples = [], {}
     for name, (script, model_class, file) in ARCHITECTURES.items():
         torch.manual_seed(SEED)
@@ -102,7 +89,7 @@ def main():
         examples[name] = result["examples"]
         longest = max((digits for digits, _, _ in result["examples"]), key=len)
         passes = count_passes(model, functools.partial(script.translate, model, [longest]))
-        rows.append((name, sum(p.numel() for p in model.parameters()), seconds, passes,
+        rows.append((name, count_parameters(model), seconds, passes,
                      result["exact_match"]))
 
     print("\nHeld-out examples, mistakes first")

@@ -40,8 +40,7 @@ import math
 import random
 import zlib
 
-from housekeeping import (InputError, check_arguments, check_constants, check_known, check_strings,
-                          run_script)
+from housekeeping import InputError, check, prepare, run_script
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -105,15 +104,13 @@ class Vocabulary:
     def encode(self, tokens):
         """Return the ids of `tokens`: a list of tokens, or one string with spaces between them."""
         tokens = tokens.split() if isinstance(tokens, str) else tokens
-        check_strings(tokens)
+        if not isinstance(tokens, (list, tuple)) or not all(isinstance(t, str) for t in tokens):
+            raise InputError(f"{tokens!r} cannot be encoded: use strings, such as ['4', '0', '7']")
         return [self.ids.get(token, UNK) for token in tokens]
 
     def decode(self, ids):
-        """Return the tokens of `ids`, a list or 1-D tensor. Raises InputError for an unknown id."""
-        ids = ids.tolist() if torch.is_tensor(ids) else ids
-        if not all(0 <= i < len(self) for i in ids):  # a negative index would count from the end
-            raise InputError(f"{ids} has an id outside the vocabulary: use 0 to {len(self) - 1}")
-        return [self.tokens[i] for i in ids]
+        """Return the tokens of `ids`, a list or 1-D tensor."""
+        return [self.tokens[i] for i in (ids.tolist() if torch.is_tensor(ids) else ids)]
 
 
 VOCABULARY = Vocabulary()
@@ -153,6 +150,14 @@ def make_sequences(num_samples, max_digits, seed):
     return sequences
 
 
+def check_tokens(tokens, known=DIGITS):
+    """Raise InputError if one of `tokens` is not among the `known` ones."""
+    for token in tokens:
+        if token not in known:
+            raise InputError(f"{ascii(token)} is unknown: use {' '.join(known)}, with spaces "
+                             f"between them, for example: {' '.join(known[:3])}")
+
+
 def make_item(digits):
     """Return the dataset's item for a list of digits:
 
@@ -161,7 +166,7 @@ def make_item(digits):
 
     `collate_fn` adds <SOS>, <EOS>, and <PAD>, which depend on the architecture and the batch.
     """
-    check_known(digits, DIGITS, "4 0 7")
+    check_tokens(digits)
     words = [WORD_OF[digit] for digit in digits]
     return {"digits": digits, "source": VOCABULARY.encode(list(digits)),
             "words": words, "target": VOCABULARY.encode(words)}
@@ -280,7 +285,7 @@ def to_device(batch, device):
 
 def create_dataloaders(num_samples=6000, max_digits=5, batch_size=64, seed=0, validation_share=0.1):
     """Return (training, validation) loaders over disjoint sequences. The first one shuffles."""
-    check_arguments(**locals())
+    check(**locals())
     dataset = NumberTranslationDataset(num_samples, max_digits, seed)
     training, validation = dataset.split(validation_share)
     if not validation or not training:
@@ -352,7 +357,7 @@ def main():
 
     In both tables of labels, <EOS> teaches the model to stop. The prompt is read but not scored.
     """
-    check_constants(globals())
+    prepare(globals())
     train_loader, val_loader = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED,
                                                   VALIDATION_SHARE)
     training, validation = list(train_loader.dataset), list(val_loader.dataset)

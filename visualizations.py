@@ -14,7 +14,7 @@ import csv
 import io
 import math
 
-from housekeeping import (CHECKPOINTS, ROOT, InputError, check_constants, choose_device, run_script,
+from housekeeping import (CHECKPOINTS, ROOT, InputError, choose_device, prepare, run_script,
                           write_atomically)
 import matplotlib
 
@@ -28,11 +28,11 @@ import decoder_only
 import encoder_decoder
 import encoder_only
 import train_all
-from bookkeeping import RUNS
 from quick_start import ARCHITECTURES
 from toy_dataset import (DIGITS, EOS, MASK, VOCABULARY, WORDS, collate_fn, create_dataloaders,
                          exact_match, make_item)
-from train_all import parameters_by_component
+from train_all import RUNS
+from training import lr_factor, parameters_by_component, time_generation, train_for
 
 # =====================================================================================
 # CONSTANTS - change one, run again
@@ -102,7 +102,7 @@ def train_small(name):
             undertrained.append(copy.deepcopy(model).eval())
 
     num_steps = TRAIN_EPOCHS * len(train_loader)
-    train_all.train_for(script, model, train_loader, num_steps, LEARNING_RATE, WARMUP_STEPS,
+    train_for(script, model, train_loader, num_steps, LEARNING_RATE, WARMUP_STEPS,
                         CLIP_NORM, watch)
     return model, curves, undertrained[0]
 
@@ -416,30 +416,28 @@ def beam_search_tree(undertrained):
     val_loader = create_dataloaders(seed=SEED)[1]
     examples = encoder_decoder.evaluate(model, val_loader)["examples"]
     digits, words = encoder_decoder.where_beams_help(model, examples, 3, 1.0)
-    trace = []
-    found = model.beam_search([VOCABULARY.encode(digits)], 3, 1.0, len(digits) + 2, trace)[0]
+    steps, found = encoder_decoder.record_beam_search(model, digits, 3, 1.0)
     best = found[0].tokens
     figure, axis = plt.subplots(figsize=(9.5, 5))
     places = {(): (0, 0.0)}  # tokens of a hypothesis -> its x and y in the figure
     axis.text(0, 0, "<SOS>", ha="center", va="center", fontsize=8.5,
               bbox={"boxstyle": "round", "facecolor": "white"})
-    for step, candidates in enumerate(trace, 1):
-        for rank, (before, token, total, ended) in enumerate(candidates):
+    for step, candidates in enumerate(steps, 1):
+        for rank, (ids, total, ended) in enumerate(candidates):
             y = -rank + 1.0
-            text = f"{VOCABULARY.tokens[token]}\n{total:.2f}"
+            text = f"{VOCABULARY.tokens[ids[-1]]}\n{total:.2f}"
             if ended:  # its score is the mean log-probability per token
                 text += f" / {step}\n= {total / step:.2f}"
-            written = (*before, token)
-            places[written] = (step, y)
-            on_best = list(written) == best[:len(written)]
-            x0, y0 = places[tuple(before)]
+            places[tuple(ids)] = (step, y)
+            on_best = ids == best[:len(ids)]
+            x0, y0 = places[tuple(ids[:-1])]
             axis.plot([x0 + 0.33, step - 0.33], [y0, y], color=RED if on_best else GRAY,
                       linewidth=2 if on_best else 1, zorder=0)
             frame = {"boxstyle": "round", "facecolor": "#CDEBDF" if ended else "white",
                      "edgecolor": RED if on_best else "black", "linewidth": 1.8 if on_best else 0.8}
             axis.text(step, y, text, ha="center", va="center", fontsize=8, bbox=frame)
-    deepest = max(len(candidates) for candidates in trace)
-    axis.set(xlim=(-0.5, len(trace) + 0.5), ylim=(0.4 - deepest, 1.6), xlabel="step", yticks=[])
+    deepest = max(len(candidates) for candidates in steps)
+    axis.set(xlim=(-0.5, len(steps) + 0.5), ylim=(0.4 - deepest, 1.6), xlabel="step", yticks=[])
     axis.set_ylabel("candidates, best on top")
     axis.spines["left"].set_visible(False)
     verdict = "correct" if best == VOCABULARY.encode(words) + [EOS] else "wrong"
@@ -451,8 +449,8 @@ def beam_search_tree(undertrained):
 def learning_rate():
     peak, low = train_all.LEARNING_RATE, train_all.MIN_LEARNING_RATE
     warmup = train_all.WARMUP_STEPS
-    total = train_all.NUM_EPOCHS * len(train_all.epoch_groups(6950, 0))
-    rates = [peak * decoder_only.lr_factor(step, total, warmup, low / peak)
+    total = train_all.NUM_EPOCHS * train_all.steps_per_epoch(6950)
+    rates = [peak * lr_factor(step, total, warmup, low / peak)
              for step in range(total + 60)]
     figure, axis = plt.subplots(figsize=(8, 3.2))
     axis.plot(rates, color=BLUE)
@@ -524,12 +522,12 @@ def attention_weights(models, digits):
     """Return {name: (weights (layers, H, T, S), query names, key names)} for `digits`."""
     n = len(digits)
     masked = VOCABULARY.encode([*digits, "<SEP>"]) + [MASK] * n
-    _, weights = models["encoder-only"].encode(torch.tensor([masked]))
+    _, weights = models["encoder-only"].run_encoder(torch.tensor([masked]))
     names = VOCABULARY.decode(masked)
     result = {"encoder-only": (torch.stack(weights)[:, 0], names, names)}
     prompt = VOCABULARY.encode([*digits, "<SEP>"])
     stream = prompt + models["decoder-only"].generate([prompt], n + 2)[0][:-1]
-    _, weights = models["decoder-only"].decode(torch.tensor([stream]))
+    _, weights = models["decoder-only"].run_decoder(torch.tensor([stream]))
     names = VOCABULARY.decode(stream)
     result["decoder-only"] = (torch.stack(weights)[:, 0], names, names)
     return result
@@ -578,7 +576,7 @@ def key_value_cache():
     model = decoder_only.DecoderOnlyTransformer(d_model=D_MODEL, num_heads=NUM_HEADS, d_ff=D_FF,
                                                 num_layers=NUM_LAYERS, max_len=max(lengths) + 4)
     times = {use_cache: [1000 * s for s in seconds] for use_cache, seconds
-             in decoder_only.time_generation(model, lengths).items()}
+             in time_generation(model, lengths).items()}
     figure, axis = plt.subplots(figsize=(8, 3.6))
     axis.plot(lengths, times[False], color=ORANGE, linestyle="--", marker="o",
               label="without cache: the whole row for each token")
@@ -665,12 +663,11 @@ def three_models(models):
 
 
 def main():
-    check_constants(globals())
+    prepare(globals())
     if not isinstance(SENTENCE, str) or not SENTENCE.split() \
             or not set(SENTENCE.split()) <= set(DIGITS):
         raise InputError(f"SENTENCE={SENTENCE!r} must be digits separated by spaces: use '4 0 7'")
-    train_all.check()  # a figure shows its learning rate
-    torch.set_num_threads(NUM_THREADS)
+    train_all.check_run()  # a figure shows its learning rate
     try:  # fails before any training
         write_atomically(FIGURES / ".writable", b"")
         (FIGURES / ".writable").unlink()

@@ -33,6 +33,7 @@ from encoder_decoder import EncoderDecoderTransformer
 from hugging_face import as_pegasus, cut
 from toy_dataset import EOS, PAD, SOS, VOCABULARY, create_dataloaders
 from train_all import use_fused_attention
+from training import create_optimizer
 
 V = len(VOCABULARY)
 OURS, FORMULA, BARE = "this collection", "written-out formula", "bare matrix products"
@@ -200,7 +201,7 @@ def beam_search(steps, rounds, width=5, batch=16, max_digits=10, max_new_tokens=
     torch.manual_seed(0)
     train_loader, val_loader = create_dataloaders(16000, max_digits, 64, 0)
     ours = use_fused_attention(EncoderDecoderTransformer(V, 128, 4, 3, 512))
-    optimizer, scheduler = encoder_decoder.create_optimizer(ours, 1e-3, 200, 40)
+    optimizer, scheduler = create_optimizer(ours, 1e-3, 200, 40)
     batches = iter(train_loader)
     for _ in range(steps):
         loss = encoder_decoder.compute_loss(ours, next(batches))

@@ -64,8 +64,8 @@ def copy_stack(model, layers, norm, stack):
     for mine, other in zip(layers, stack.layers):
         copy_attention(getattr(mine, "attention", None) or mine.self_attention, other.self_attn)
         other.self_attn_layer_norm.load_state_dict(mine.norm1.state_dict())
-        other.fc1.load_state_dict(mine.feed_forward.widen.state_dict())
-        other.fc2.load_state_dict(mine.feed_forward.narrow.state_dict())
+        other.fc1.load_state_dict(mine.feed_forward.up.state_dict())
+        other.fc2.load_state_dict(mine.feed_forward.down.state_dict())
         other.final_layer_norm.load_state_dict(mine.norm2.state_dict())
         if hasattr(mine, "cross_attention"):
             copy_attention(mine.cross_attention, other.encoder_attn)
@@ -127,8 +127,8 @@ def as_gpt2(model):
         attention = mine.self_attention
         copy([attention.w_q, attention.w_k, attention.w_v], other.attn.c_attn)
         copy([attention.w_o], other.attn.c_proj)
-        copy([mine.feed_forward.widen], other.mlp.c_fc)
-        copy([mine.feed_forward.narrow], other.mlp.c_proj)
+        copy([mine.feed_forward.up], other.mlp.c_fc)
+        copy([mine.feed_forward.down], other.mlp.c_proj)
         other.ln_1.load_state_dict(mine.norm1.state_dict())
         other.ln_2.load_state_dict(mine.norm2.state_dict())
     return theirs

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 ARCHITECTURES = ["encoder_only", "decoder_only", "encoder_decoder"]
 OWN = {
-    "predict",
+    "logits_and_labels",
     "translate",
     "main",
     "answer",

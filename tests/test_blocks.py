@@ -83,8 +83,8 @@ def test_encoder_layer_equals_torch_transformer_encoder_layer(script):
     copy_attention(ours.attention, theirs.self_attn)
     theirs.norm1.load_state_dict(ours.norm1.state_dict())
     theirs.norm2.load_state_dict(ours.norm2.state_dict())
-    theirs.linear1.load_state_dict(ours.feed_forward.widen.state_dict())
-    theirs.linear2.load_state_dict(ours.feed_forward.narrow.state_dict())
+    theirs.linear1.load_state_dict(ours.feed_forward.up.state_dict())
+    theirs.linear2.load_state_dict(ours.feed_forward.down.state_dict())
     x, real = torch.randn(B, S, D).double(), key_padding()
     out, _ = ours(x, real[:, None, None, :])
     torch.testing.assert_close(out, theirs(x, src_key_padding_mask=~real), atol=1e-10, rtol=0)
@@ -110,8 +110,8 @@ def test_the_gpt_layer_is_the_encoder_layer_with_a_mask():
     for mine, name in (
         (ours.norm1, "norm1"),
         (ours.norm2, "norm2"),
-        (ours.feed_forward.widen, "linear1"),
-        (ours.feed_forward.narrow, "linear2"),
+        (ours.feed_forward.up, "linear1"),
+        (ours.feed_forward.down, "linear2"),
     ):
         getattr(theirs, name).load_state_dict(mine.state_dict())
     torch.testing.assert_close(
@@ -132,8 +132,8 @@ def test_decoder_layer_equals_torch_transformer_decoder_layer():
         (ours.norm1, "norm1"),
         (ours.norm_cross, "norm2"),
         (ours.norm2, "norm3"),
-        (ours.feed_forward.widen, "linear1"),
-        (ours.feed_forward.narrow, "linear2"),
+        (ours.feed_forward.up, "linear1"),
+        (ours.feed_forward.down, "linear2"),
     ):
         getattr(theirs, name).load_state_dict(mine.state_dict())
     x, memory = torch.randn(B, T, D).double(), torch.randn(B, S, D).double()

@@ -338,7 +338,7 @@ def test_evaluation_masks_all_words_and_nothing_else():
         {"digits": ["7"], "words": ["seven"], "source": [13], "target": [23]},
     ]
     batch = collate_fn(items)
-    logits, labels = encoder_only.predict(model, batch)
+    logits, labels = encoder_only.logits_and_labels(model, batch)
     assert labels.tolist() == [
         [IGNORE_INDEX] * 3 + [20, 16],
         [IGNORE_INDEX] * 2 + [23] + [IGNORE_INDEX] * 2,

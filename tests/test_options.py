@@ -285,7 +285,7 @@ def test_predict_passes_the_masking_rates_on():
     model = MODELS["encoder_only"](d_model=16, num_heads=2, num_layers=1).train()
     batch = collate_fn(NumberTranslationDataset(50, 4, 0).items)
     with patch.object(encoder_only, "mask_tokens", wraps=encoder_only.mask_tokens) as masking:
-        encoder_only.predict(model, batch, 0.5, 0.25, 0.4)
+        encoder_only.logits_and_labels(model, batch, 0.5, 0.25, 0.4)
     assert masking.call_args.args[1:] == (0.5, 0.25, 0.4)
 
 

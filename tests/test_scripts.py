@@ -294,8 +294,8 @@ def test_tiny_gpt_equals_the_decoder_only_transformer(capsys, monkeypatch):
         ".k.": ".self_attention.w_k.",
         ".v.": ".self_attention.w_v.",
         ".o.": ".self_attention.w_o.",
-        ".mlp.0.": ".feed_forward.widen.",
-        ".mlp.2.": ".feed_forward.narrow.",
+        ".mlp.0.": ".feed_forward.up.",
+        ".mlp.2.": ".feed_forward.down.",
     }
     weights = {}
     for name, value in tiny["model"].state_dict().items():

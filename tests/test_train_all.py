@@ -165,7 +165,7 @@ def test_label_smoothing_mixes_in_the_uniform_distribution(monkeypatch, no_clipp
     torch.manual_seed(0)
     model = MODELS["decoder_only"](d_model=16, num_heads=2, num_layers=2, d_ff=32).train()
     batch = collate_fn([ITEMS[i] for i in range(6)])
-    logits, labels = SCRIPTS["decoder_only"].predict(model, batch)
+    logits, labels = SCRIPTS["decoder_only"].logits_and_labels(model, batch)
     counts = labels != IGNORE_INDEX
     log_p = logits[counts].log_softmax(-1)
     expected = 0.9 * F.nll_loss(log_p, labels[counts]) - 0.1 * log_p.mean()

@@ -117,7 +117,7 @@ def test_the_learning_rate_starts_above_zero_peaks_and_decays(name, total, warmu
 def test_the_loss_is_the_mean_over_the_labels_that_count(name):
     model = MODELS[name](d_model=16, num_heads=2, num_layers=1).eval()
     batch = next(iter(create_dataloaders(500, 5, 16, 0)[0]))
-    logits, labels = SCRIPTS[name].predict(model, batch)
+    logits, labels = SCRIPTS[name].logits_and_labels(model, batch)
     total, count = 0.0, 0
     for row, row_labels in zip(logits, labels):
         for position, label in zip(row, row_labels.tolist()):
@@ -355,7 +355,7 @@ def test_evaluation_returns_the_numbers_computed_by_hand(name):
     loss, correct, labels, exact = 0.0, 0, 0, []
     for item in loader.dataset:
         batch = collate_fn([item])
-        logits, targets = script.predict(model, batch)
+        logits, targets = script.logits_and_labels(model, batch)
         for position, label in zip(logits[0], targets[0].tolist()):
             if label != IGNORE_INDEX:
                 loss -= position.log_softmax(-1)[label].item()

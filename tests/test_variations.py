@@ -585,7 +585,7 @@ def test_two_variations_are_not_combined_by_accident():
     with pytest.raises(ValueError, match="write one class with both"):
         sliding_window.use_sliding_window(model, 3)
     model = grouped_queries.use_grouped_queries(alibi.use_alibi(measure.new_model(0)), 2)
-    formulas = {layer.self_attention.formula.func for layer in model.layers}
+    formulas = {layer.self_attention.attention_function.func for layer in model.layers}
     assert formulas == {alibi.alibi_attention}  # a formula is kept
 
 

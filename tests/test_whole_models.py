@@ -52,8 +52,8 @@ def copy_layer(ours, theirs):
         theirs.norm2.load_state_dict(ours.norm_cross.state_dict())
         last = theirs.norm3
     last.load_state_dict(ours.norm2.state_dict())
-    theirs.linear1.load_state_dict(ours.feed_forward.widen.state_dict())
-    theirs.linear2.load_state_dict(ours.feed_forward.narrow.state_dict())
+    theirs.linear1.load_state_dict(ours.feed_forward.up.state_dict())
+    theirs.linear2.load_state_dict(ours.feed_forward.down.state_dict())
 
 
 @torch.no_grad()
@@ -198,7 +198,7 @@ def test_no_helper_uses_dropout(name, dropped, capsys):
         helper()
         assert dropped == [], number
     model.train()
-    script.predict(model, next(iter(loader)))  # but training does use it
+    script.logits_and_labels(model, next(iter(loader)))  # but training does use it
     assert dropped
 
 

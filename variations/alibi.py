@@ -14,7 +14,7 @@ Bloom and MPT use it. Press et al. report good results on rows longer than those
 
 Run it:     python variations/alibi.py        (about 10 seconds on one CPU core)
 """
-from measure import (LONGER, Positions, largest_difference, new_model, print_row, prove,
+from measure import (LONGER, Positions, largest_difference, new_model, prepare, print_row, prove,
                      prove_cache, train_and_score)
 import functools
 import math
@@ -22,7 +22,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from housekeeping import check_constants, run_script
+from housekeeping import run_script
 
 # =====================================================================================
 # CONSTANTS - change one, run again
@@ -63,10 +63,8 @@ def alibi_attention(queries, keys, values, mask=None, dropout=0.0, slopes=None):
     penalty = slopes[:, None, None] * distances(queries.size(2), keys.size(2))  # (H, T, S)
     scores = scores - penalty.to(scores)  # NEW; the rest is as in decoder_only.py
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, dim=-1)
-    if mask is not None:
-        weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return F.dropout(weights, dropout) @ values, weights
 
 
@@ -74,7 +72,7 @@ def use_alibi(model, slopes=None):
     """Give a model of decoder_only.py ALiBi instead of sinusoids. Returns the model."""
     model.positional_encoding = Positions()
     for layer in model.layers:
-        layer.self_attention.formula = functools.partial(alibi_attention, slopes=slopes)
+        layer.self_attention.attention_function = functools.partial(alibi_attention, slopes=slopes)
     return model
 
 
@@ -93,7 +91,7 @@ def prove_it():
     for layer in model.layers:  # all keys equal: only the penalty is left
         layer.self_attention.w_k.weight.zero_()
         layer.self_attention.w_k.bias.zero_()
-    _, weights = model.decode(tokens)
+    _, weights = model.run_decoder(tokens)
     expected = torch.softmax(-slopes_of(4)[:, None] * torch.arange(7).flip(0), -1)
     prove("equal keys: the last query's weights are softmax(-slope * distance)",
           largest_difference(weights[0][0, :, -1], expected))
@@ -102,7 +100,7 @@ def prove_it():
 
 # --- The measurement ------------------------------------------------------------------
 def main():
-    check_constants(globals())
+    prepare(globals())
     torch.set_num_threads(1)
     print("Slopes for 4 heads: " + "  ".join(f"{s:.4g}" for s in slopes_of(4).tolist()))
     print("Slopes for 3 heads: " + "  ".join(f"{s:.4g}" for s in slopes_of(3).tolist()))

@@ -15,8 +15,8 @@ Llama 2 70B, Llama 3, and Mistral use 8 key heads.
 
 Run it:     python variations/grouped_queries.py        (about 15 seconds on one CPU core)
 """
-from measure import (cache_bytes, count_parameters, evaluate_held_out, largest_difference,
-                     new_model, prove, prove_cache, replace_attention, train)
+from measure import (cache_bytes, count_parameters, evaluate_held_out, largest_difference, new_model,
+                     prepare, prove, prove_cache, replace_attention, train)
 import copy
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from decoder_only import KeyValueCache, MultiHeadAttention
-from housekeeping import check_constants, check_sizes, run_script
+from housekeeping import check, run_script
 
 # =====================================================================================
 # CONSTANTS - change one, run again
@@ -68,7 +68,7 @@ class GroupedQueryAttention(MultiHeadAttention):
         keys = keys.repeat_interleave(group, dim=1)  # (B, H, S, K)
         values = values.repeat_interleave(group, dim=1)
         dropout = self.dropout if self.training else 0.0
-        result, weights = self.formula(queries, keys, values, mask, dropout)
+        result, weights = self.attention_function(queries, keys, values, mask, dropout)
         return self.w_o(self.merge_heads(result)), weights
 
 
@@ -91,10 +91,10 @@ def use_grouped_queries(model, key_heads, average=True):
                 value = value.view(key_heads, heads // key_heads, -1, *value.shape[1:])
                 # (G, H / G, K, ...) -> (G * K, ...)
                 state[f"{name}.{part}"] = value.mean(1).flatten(0, 1)
-        new.load_state_dict(state)
+        new.to(old.w_q.weight).load_state_dict(state)
         return new
 
-    return replace_attention(model, make)
+    return replace_attention(model, make, ("MultiHeadAttention", "GroupedQueryAttention"))
 
 
 # --- The proof ------------------------------------------------------------------------
@@ -120,8 +120,8 @@ def prove_it():
 
 # --- The measurement ------------------------------------------------------------------
 def main():
-    check_constants(globals())
-    check_sizes(64, NUM_HEADS, ("d_model", "NUM_HEADS"))
+    prepare(globals())
+    check(d_model=64, NUM_HEADS=NUM_HEADS)
     torch.set_num_threads(1)
     prove_it()
     key_heads = [g for g in range(NUM_HEADS, 0, -1) if NUM_HEADS % g == 0]

@@ -14,13 +14,14 @@ move after the weighted average. Then attention runs on the latents alone, with 
 
 Run it:     python variations/latent_attention.py        (about 25 seconds on one CPU core)
 """
-from measure import (cache_bytes, count_parameters, largest_difference, new_model,
-                     prove, prove_cache, replace_attention, train)
+from measure import (cache_bytes, count_parameters, largest_difference, new_model, prepare, prove,
+                     prove_cache, replace_attention, train)
 import torch
 from torch import nn
 
 from decoder_only import MultiHeadAttention
-from housekeeping import check_constants, median_milliseconds, run_script
+from housekeeping import run_script
+from training import median_milliseconds
 
 # =====================================================================================
 # CONSTANTS - change one, run again
@@ -77,7 +78,7 @@ class LatentAttention(MultiHeadAttention):
         else:
             keys = self.split_heads(self.w_k(latents))  # (B, H, S, K)
             values = self.split_heads(self.w_v(latents))
-            result, weights = self.formula(queries, keys, values, mask, dropout)
+            result, weights = self.attention_function(queries, keys, values, mask, dropout)
         return self.w_o(self.merge_heads(result)), weights
 
     def attend_to_latents(self, queries, latents, mask, dropout):
@@ -86,7 +87,7 @@ class LatentAttention(MultiHeadAttention):
         up_v = self.w_v.weight.view(self.num_heads, self.head_dim, -1)
         # subtle: the formula divides by the root of the last size, now R. It must stay sqrt(K).
         queries = queries @ up_k * (self.latent_dim / self.head_dim) ** 0.5  # (B, H, T, R)
-        averages, weights = self.formula(queries, latents, latents, mask, dropout)  # (B, H, T, R)
+        averages, weights = self.attention_function(queries, latents, latents, mask, dropout)  # (B, H, T, R)
         return averages @ up_v.transpose(1, 2), weights  # (B, H, T, K)
 
 
@@ -147,7 +148,7 @@ def show_times(tokens=800):
 
 
 def main():
-    check_constants(globals())
+    prepare(globals())
     torch.set_num_threads(1)
     prove_it()
     print(f"\nThe measurement: exact match on held-out sequences after {NUM_EPOCHS} epochs")

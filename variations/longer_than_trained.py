@@ -21,7 +21,7 @@ It would not help for sorting. With FULL = True, the table shows what each does 
 
 Run it:     python variations/longer_than_trained.py        (about 30 seconds on one CPU core)
 """
-from measure import (Positions, largest_difference, new_model, prove, prove_cache,
+from measure import (Positions, largest_difference, new_model, prepare, prove, prove_cache,
                      random_sequences, replace_attention, train)
 import math
 
@@ -34,7 +34,7 @@ import encoder_decoder
 from alibi import slopes_of
 from decoder_only import DecoderOnlyTransformer, MultiHeadAttention
 from encoder_decoder import EncoderDecoderTransformer, KeyValueCache
-from housekeeping import check_constants, run_script
+from housekeeping import run_script
 from rotary_positions import rotate
 from toy_dataset import EOS, SEP, exact_match
 
@@ -98,10 +98,8 @@ class PositionedAttention(MultiHeadAttention):
         scores = queries @ keys.transpose(-2, -1) / math.sqrt(self.head_dim)  # (B, H, T, S)
         scores = scores + self.bias(queries, here[:, :, None] - there[:, None, :])
         if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         weights = torch.softmax(scores, dim=-1)
-        if mask is not None:
-            weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
         result = F.dropout(weights, self.dropout, self.training) @ values
         return self.w_o(self.merge_heads(result)), weights
 
@@ -145,7 +143,7 @@ def prove_it():
     base, model = new_model(0).double(), build(DecoderOnlyTransformer, "relative", 0).double()
     base.positional_encoding.table.zero_()
     model.load_state_dict(base.state_dict(), strict=False)  # the base has no table of vectors
-    here, moved = (model.decode(tokens, positions=torch.arange(7)[None] + n)[0] for n in (0, 50))
+    here, moved = (model.run_decoder(tokens, positions=torch.arange(7)[None] + n)[0] for n in (0, 50))
     prove("all positions moved by 50: nothing changes", largest_difference(here, moved))
     for layer in model.layers:
         layer.self_attention.table.zero_()
@@ -167,7 +165,7 @@ def measure_lengths(model, script, ended):
 
 
 def main():
-    check_constants(globals())
+    prepare(globals())
     torch.set_num_threads(1)
     prove_it()
     kinds = {"encoder-decoder": EncoderDecoderTransformer, "decoder-only": DecoderOnlyTransformer,

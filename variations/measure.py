@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base scripts
+import housekeeping
 from housekeeping import InputError
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 import decoder_only
 from decoder_only import BATCH_SIZE, CLIP_NORM, LEARNING_RATE, WARMUP_STEPS
+from training import count_parameters  # noqa: F401 (for the variations)
 from toy_dataset import DIGITS, WORD_OF, NumberTranslationDataset, collate_fn, exact_match
 
 LONGER = (6, 7, 8)  # digits; the training rows have up to five
@@ -27,20 +29,25 @@ def new_model(seed, model_class=decoder_only.DecoderOnlyTransformer, **arguments
     return model_class(**arguments)
 
 
-def replace_attention(model, make):
+def prepare(constants):
+    """Check the constants of a variation (its `globals()`) and those of decoder_only.py it uses."""
+    return housekeeping.prepare({**vars(decoder_only), **constants})
+
+
+def replace_attention(model, make, replaces=("MultiHeadAttention",)):
     """Replace each attention module in `model` by `make(name, old)`. Returns the model.
 
-    The new module keeps the formula. Two variations cannot be combined in this way, because each
-    replaces the whole module.
+    The new module keeps the attention function. Two variations cannot be combined in this way,
+    because each replaces the whole module. replaces: the names of classes that may be replaced.
     """
     for parent in list(model.modules()):
         for name, old in list(parent.named_children()):
-            if name in ("self_attention", "attention", "cross_attention"):
+            if name in ("self_attention", "cross_attention"):
+                if type(old).__name__ not in replaces:
+                    raise InputError(f"the model already has {type(old).__name__}: to combine two "
+                                     "variations of attention, write one class with both")
                 new = make(name, old).to(old.w_q.weight)  # the same dtype
-                if type(old).__name__ not in ("MultiHeadAttention", type(new).__name__):
-                    raise InputError(f"the model already has {type(old).__name__}: to combine it "
-                                     f"with {type(new).__name__}, write one class with both")
-                new.formula = old.formula
+                new.attention_function = old.attention_function
                 setattr(parent, name, new)
     return model
 
@@ -135,8 +142,3 @@ class Positions(nn.Module):
         """x (B, T, D), positions (B, T) -> x"""
         self.positions = positions
         return x
-
-
-def count_parameters(model):
-    """Return the number of parameters; tied ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -20,14 +20,14 @@ logits and generated tokens.
 
 Run it:     python variations/modern_decoder.py        (about 20 seconds on one CPU core)
 """
-from measure import (cache_bytes, count_parameters, largest_difference, new_model, prove,
+from measure import (cache_bytes, count_parameters, largest_difference, new_model, prepare, prove,
                      prove_cache, replace_attention, train)
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from grouped_queries import GroupedQueryAttention
-from housekeeping import check_constants, run_script
+from housekeeping import run_script
 from rotary_positions import RotaryPositions, rotate
 
 # =====================================================================================
@@ -61,11 +61,11 @@ class SwiGLU(nn.Module):
     def __init__(self, d_model, d_ff):
         super().__init__()
         self.gate = nn.Linear(d_model, d_ff, bias=False)
-        self.widen = nn.Linear(d_model, d_ff, bias=False)
-        self.narrow = nn.Linear(d_ff, d_model, bias=False)
+        self.up = nn.Linear(d_model, d_ff, bias=False)
+        self.down = nn.Linear(d_ff, d_model, bias=False)
 
     def forward(self, x):
-        return self.narrow(F.silu(self.gate(x)) * self.widen(x))
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 def remove_biases(model):
@@ -91,7 +91,7 @@ class ModernAttention(GroupedQueryAttention):
         group = self.num_heads // self.key_heads
         keys, values = (each.repeat_interleave(group, dim=1) for each in (keys, values))
         dropout = self.dropout if self.training else 0.0
-        result, weights = self.formula(queries, keys, values, mask, dropout)
+        result, weights = self.attention_function(queries, keys, values, mask, dropout)
         return self.w_o(self.merge_heads(result)), weights
 
 
@@ -111,8 +111,8 @@ def use_swiglu(model):
 def use_modern_attention(model, key_heads):
     heads, d_model = model.arguments["num_heads"], model.arguments["d_model"]
     rotary = model.positional_encoding = RotaryPositions(d_model // heads)
-    replace_attention(model, lambda _, old: ModernAttention(d_model, heads, key_heads, rotary,
-                                                            old.dropout))
+    replace_attention(model, lambda _, old: ModernAttention(
+        d_model, heads, key_heads, rotary, old.dropout), ("MultiHeadAttention", "ModernAttention"))
 
 
 def use_rotary(model):
@@ -172,7 +172,7 @@ def prove_it():
 
 # --- The measurement ------------------------------------------------------------------
 def main():
-    check_constants(globals())
+    prepare(globals())
     torch.set_num_threads(1)
     prove_it()
     print(f"\nThe measurement: exact match on held-out sequences after {NUM_EPOCHS} epochs")
@@ -185,7 +185,7 @@ def main():
         for seed in seeds:
             model = build(number, seed, matching_d_ff(number, target))
             scores.append(train(model, NUM_EPOCHS, seed))
-        widen = model.layers[0].feed_forward.widen
+        widen = model.layers[0].feed_forward.up
         print(f"  {f'{number}  {name}':22s}{count_parameters(model):12,d}{widen.out_features:6d}"
               f"{cache_bytes(model, 1):25,d}" + "".join(f"{s:10.1%}" for s in scores), flush=True)
         results.append(f"{scores[0]:.1%}, {cache_bytes(model, 1)} bytes")

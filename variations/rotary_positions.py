@@ -15,13 +15,13 @@ positions.
 
 Run it:     python variations/rotary_positions.py        (about 10 seconds on one CPU core)
 """
-from measure import (LONGER, largest_difference, new_model, print_row, prove, prove_cache,
+from measure import (LONGER, largest_difference, new_model, prepare, print_row, prove, prove_cache,
                      replace_attention, scores, train_and_score)
 import torch
 from torch import nn
 
 from decoder_only import MultiHeadAttention
-from housekeeping import check_constants, check_sizes, run_script
+from housekeeping import InputError, run_script
 
 # =====================================================================================
 # CONSTANTS - change one, run again
@@ -50,7 +50,9 @@ class RotaryPositions(nn.Module):
     def __init__(self, head_dim, interpolation=1.0):
         super().__init__()
         self.interpolation = interpolation
-        check_sizes(head_dim, 1, ("the size of a head", ""))  # pairs need an even one
+        if head_dim % 2:
+            raise InputError(f"heads of size {head_dim} cannot be rotated in pairs: use fewer or "
+                             "more heads")
         # subtle: always float64. In bfloat16, angles of distant positions would be rounded away.
         pairs = torch.arange(0, head_dim, 2, dtype=torch.float64)
         self.frequency = 10000.0 ** (-pairs / head_dim)  # (K/2,)
@@ -74,7 +76,7 @@ class RotaryAttention(MultiHeadAttention):
             # subtle: the cache holds rotated keys. So each key is rotated once, by its own angle.
             keys, values = cache.append(keys, values)
         dropout = self.dropout if self.training else 0.0
-        result, weights = self.formula(queries, keys, values, mask, dropout)
+        result, weights = self.attention_function(queries, keys, values, mask, dropout)
         return self.w_o(self.merge_heads(result)), weights
 
 
@@ -84,7 +86,7 @@ def use_rotary_positions(model, interpolation=1.0):
     model.positional_encoding = RotaryPositions(d_model // heads, interpolation)
 
     def make(_, old):
-        new = RotaryAttention(d_model, heads, old.dropout)
+        new = RotaryAttention(d_model, heads, old.dropout).to(old.w_q.weight)
         new.load_state_dict(old.state_dict())
         new.rotary = model.positional_encoding
         return new
@@ -105,9 +107,9 @@ def prove_it():
     prove("angles of 0: equal to the base without positions",
           largest_difference(model(tokens), base(tokens)))
     model = use_rotary_positions(new_model(0)).double()
-    here, moved = (model.decode(tokens, positions=positions + shift)[0] for shift in (0, 9))
+    here, moved = (model.run_decoder(tokens, positions=positions + shift)[0] for shift in (0, 9))
     prove("all positions moved by 9: nothing changes", largest_difference(here, moved))
-    spread = model.decode(tokens, positions=2 * positions)[0]
+    spread = model.run_decoder(tokens, positions=2 * positions)[0]
     print(f"  {'all distances doubled: the outputs change':66s} "
           f"{largest_difference(here, spread):8.1e}")
     prove_cache(use_rotary_positions(new_model(1)).double())
@@ -115,7 +117,7 @@ def prove_it():
 
 # --- The measurement ------------------------------------------------------------------
 def main():
-    check_constants(globals())
+    prepare(globals())
     torch.set_num_threads(1)
     prove_it()
     print(f"\nThe measurement: exact match after {NUM_EPOCHS} epochs on rows of up to 5 digits")

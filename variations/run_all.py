@@ -10,9 +10,9 @@ minutes. Set FULL = True in a file to see more.
 import importlib
 import time
 
-import measure  # noqa: F401  (makes the base scripts importable)
+import measure
 
-from housekeeping import run_script
+from housekeeping import InputError, run_script
 
 # In reading order, with what the table shows
 ORDER = {
@@ -28,6 +28,11 @@ ORDER = {
 
 
 def main():
+    for name in ORDER:  # first, so that a mistake in the last file does not cost the others
+        try:
+            measure.prepare(vars(importlib.import_module(name)))
+        except InputError as error:
+            raise InputError(f"variations/{name}.py: {error}") from error
     rows = []
     for name, what in ORDER.items():
         print(f"\n{'=' * 90}\n{name}.py\n{'=' * 90}", flush=True)

@@ -18,12 +18,12 @@ and Gemma 3 in five of six.
 
 Run it:     python variations/sliding_window.py        (about 15 seconds on one CPU core)
 """
-from measure import (cache_bytes, largest_difference, new_model, prove, prove_cache,
+from measure import (cache_bytes, largest_difference, new_model, prepare, prove, prove_cache,
                      replace_attention, train)
 import torch
 
 from decoder_only import KeyValueCache, MultiHeadAttention
-from housekeeping import check_constants, run_script
+from housekeeping import run_script
 
 # =====================================================================================
 # CONSTANTS - change one, run again
@@ -83,7 +83,7 @@ class SlidingWindowAttention(MultiHeadAttention):
         # for the tokens that the cache has dropped.
         mask = near if mask is None else near & mask[..., -total:]
         dropout = self.dropout if self.training else 0.0
-        result, weights = self.formula(queries, keys, values, mask, dropout)
+        result, weights = self.attention_function(queries, keys, values, mask, dropout)
         return self.w_o(self.merge_heads(result)), weights
 
 
@@ -91,6 +91,7 @@ def use_sliding_window(model, window):
     """Give a model of decoder_only.py a sliding window. Its weights stay. Returns the model."""
     def make(_, old):
         new = SlidingWindowAttention(model.arguments["d_model"], old.num_heads, window, old.dropout)
+        new.to(old.w_q.weight)  # its dtype first: weights that pass through float32 are rounded
         new.load_state_dict(old.state_dict())
         return new
 
@@ -120,9 +121,9 @@ def prove_it():
           largest_difference(model(tokens), base(tokens)))
     for window in (1, 2, 3, 5):
         model = use_sliding_window(new_model(0).double(), window)
-        whole = model.decode(tokens)[0]
+        whole = model.run_decoder(tokens)[0]
         caches = [layer.self_attention.new_cache(2, 7) for layer in model.layers]
-        steps = [model.decode(tokens[:, t:t + 1], positions=torch.full((2, 1), t),
+        steps = [model.run_decoder(tokens[:, t:t + 1], positions=torch.full((2, 1), t),
                               caches=caches)[0] for t in range(7)]
         prove(f"window {window}: the rolling cache gives what the mask gives",
               largest_difference(torch.cat(steps, 1), whole))
@@ -135,7 +136,7 @@ def prove_it():
 
 # --- The measurement ------------------------------------------------------------------
 def main():
-    check_constants(globals())
+    prepare(globals())
     torch.set_num_threads(1)
     prove_it()
     print(f"\nThe measurement: exact match on held-out sequences after {NUM_EPOCHS} epochs. In a "
