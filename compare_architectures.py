@@ -1,18 +1,18 @@
 """
 compare_architectures.py - measure which architecture suits which task, and why
 
-Every number in a table is measured in this run. Section 9 measures nothing: it gives
-recommendations and names the sections that support them.
+Every number in a table is measured in this run.
 
     1 Which token attends to which   change one input token, and see which outputs change
-    2 What each is trained on        one row each: input, label, loss
+    2 What each is trained on        one sequence each: input, label, loss
     3 One task, one budget           steps and seconds to 90% and 99% exact match
     4 Few training sequences         where the architectures differ most
     5 What each costs                parameters, passes, multiply-adds, milliseconds, cache
     6 What each can and cannot do    tasks and inputs that it was not trained for
-    7 How to generate                from greedy to beam search, with an undertrained model
+    7 How to generate                from greedy to beam search, with undertrained models
     8 Ablations                      one change at a time, in a shallow and a deep model
-    9 Choosing                       real tasks, and the sections that support the choice
+
+Which one to choose for a real task: guide/architectures.md.
 
 Run it:     python compare_architectures.py        (about 100 seconds on one CPU core)
 
@@ -27,7 +27,6 @@ import random
 from housekeeping import CHECKPOINTS, InputError, choose_device, prepare, run_script
 import torch
 from torch.utils.data import DataLoader
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import encoder_decoder
@@ -56,7 +55,7 @@ NUM_STEPS = 500          # section 3: steps per architecture
 EVALUATE_EVERY = 25      # section 3: steps between two evaluations
 FEW_STEPS = 300          # section 4: steps per model
 FEW_SEQUENCES = (50, 200)  # section 4: sizes of the training sets
-UNDERTRAINED_STEPS = 60  # section 7: steps of the encoder-decoder
+UNDERTRAINED_STEPS = 75  # section 7: steps of both decoders
 ABLATION_STEPS = 250     # section 8: steps per variant
 ABLATION_LAYERS = (2, 8)  # section 8: numbers of layers
 SEED = 0
@@ -83,7 +82,8 @@ def train(name, model, num_steps, warmup_steps=WARMUP_STEPS, num_sequences=None,
     """Train `model` (on `num_sequences` random sequences, if given) and return it."""
     train_loader, _ = loaders()
     if num_sequences is not None:
-        items = random.Random(SEED).sample(list(train_loader.dataset), num_sequences)
+        items = list(train_loader.dataset)
+        items = random.Random(SEED).sample(items, min(num_sequences, len(items)))
         train_loader = DataLoader(items * BATCH_SIZE, BATCH_SIZE, shuffle=True,
                                   collate_fn=collate_fn, generator=train_loader.generator)
     return train_for(ARCHITECTURES[name][0], model, train_loader, num_steps, LEARNING_RATE,
@@ -170,11 +170,11 @@ def show_training_rows(models, digits):
 def train_on_one_budget():
     """Train all three for NUM_STEPS steps on the same batches.
 
-    Returns {name: model}, {name: [(step, seconds, exact match, loss), ...]}, and for section 7 the
-    encoder-decoder after UNDERTRAINED_STEPS.
+    Returns {name: model}, {name: [(step, seconds, exact match, loss), ...]}, and for section 7
+    {name: the model after UNDERTRAINED_STEPS}.
     """
     _, val_loader = loaders()
-    trained, curves, undertrained = {}, {}, []
+    trained, curves, undertrained = {}, {}, {}
     for name, (script, _, _) in ARCHITECTURES.items():
         model, curve = new_model(name), []
 
@@ -182,12 +182,12 @@ def train_on_one_budget():
             if step % EVALUATE_EVERY == 0 or step == NUM_STEPS:
                 result = script.evaluate(model, val_loader)
                 curve.append((step, seconds, result["exact_match"], result["loss"]))
-            if step == min(UNDERTRAINED_STEPS, NUM_STEPS) and name == "encoder-decoder":
-                undertrained.append(copy.deepcopy(model).eval())
+            if step == min(UNDERTRAINED_STEPS, NUM_STEPS):
+                undertrained[name] = copy.deepcopy(model).eval()
 
         trained[name] = train(name, model, NUM_STEPS, watch=watch)
         curves[name] = curve
-    return trained, curves, undertrained[0]
+    return trained, curves, undertrained
 
 
 def show_learning_curves(curves):
@@ -255,21 +255,9 @@ def show_few_sequences():
 
 
 # --- 5. What each costs ---------------------------------------------------------------
-class Decompose(TorchDispatchMode):
-    """Splits composite operations, such as linear layers, into their parts.
-
-    PyTorch 2.5 does not do this under inference_mode, and its counter knows only the parts.
-    """
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        with self:
-            result = operation.decompose(*args, **(kwargs or {}))
-        return operation(*args, **(kwargs or {})) if result is NotImplemented else result
-
-
 def multiply_adds(run):
     """Return the multiply-adds in the matrix products of `run()` (two operations each)."""
-    with FlopCounterMode(display=False) as counter, Decompose():
+    with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops() // 2
 
@@ -342,16 +330,18 @@ def show_words_to_digits(models, digits, words):
         written = ARCHITECTURES[name][0].translate(models[name], words)
         print(f"    {name:16s} {exact_match(written, digits):6.1%}   not trained on it; the first "
               f"answer: {' '.join(written[0]) or '(nothing)'}")
-    middle = [row for row in zip(digits, words) if len(row[0]) >= 3]
-    rows = [d[:1] + ["<MASK>"] + d[2:] + ["<SEP>"] + w for d, w in middle]
+    middle = [d[len(d) // 2] for d in digits]
+    rows = [[*d[:len(d) // 2], "<MASK>", *d[len(d) // 2 + 1:], "<SEP>", *w]
+            for d, w in zip(digits, words)]
     filled = encoder_only.fill_masks(models["encoder-only"], rows)
-    print("  a mask in the middle: the second digit, predicted from both sides")
-    print("    encoder-only     "
-          f"{exact_match([row[1] for row in filled], [d[1] for d, _ in middle]):6.1%}")
+    found = [row[len(d) // 2] for row, d in zip(filled, digits)]
+    print("  a mask in the middle: one digit, predicted from both sides")
+    print(f"    encoder-only     {exact_match(found, middle):6.1%}")
     for name in ("decoder-only", "encoder-decoder"):
-        found = [digit_by_scoring(name, models[name], d, 1, w) for d, w in middle]
-        print(f"    {name:16s} {exact_match(found, [d[1] for d, _ in middle]):6.1%}   by scoring "
-              "ten candidates: ten rows instead of one")
+        found = [digit_by_scoring(name, models[name], d, len(d) // 2, w)
+                 for d, w in zip(digits, words)]
+        print(f"    {name:16s} {exact_match(found, middle):6.1%}   by scoring ten candidates: ten "
+              "rows instead of one")
 
 
 def show_longer_inputs(models):
@@ -395,20 +385,27 @@ def show_limits(models):
 
 # --- 7. How to generate ---------------------------------------------------------------
 STRATEGIES = {
-    "greedy": {}, "temperature 0.5": {"temperature": 0.5}, "temperature 1": {"temperature": 1.0},
-    "temperature 1.5": {"temperature": 1.5}, "top_k 3": {"temperature": 1.0, "top_k": 3},
-    "top_p 0.9": {"temperature": 1.0, "top_p": 0.9},
-    "repetition penalty 1.5": {"repetition_penalty": 1.5},
-    "repetition penalty 3": {"repetition_penalty": 3.0}, "beam search 2": {"beam_width": 2},
-    "beam search 5": {"beam_width": 5},
-    "beam search 5, length penalty 0": {"beam_width": 5, "length_penalty": 0.0}}
+    "decoder-only": {
+        "greedy": {}, "temperature 0.5": {"temperature": 0.5},
+        "temperature 1": {"temperature": 1.0}, "temperature 1.5": {"temperature": 1.5},
+        "top_k 3": {"temperature": 1.0, "top_k": 3},
+        "top_p 0.9": {"temperature": 1.0, "top_p": 0.9},
+        "repetition penalty 1.5": {"repetition_penalty": 1.5},
+        "repetition penalty 3": {"repetition_penalty": 3.0}},
+    "encoder-decoder": {
+        "greedy": {}, "beam search 2": {"beam_width": 2}, "beam search 5": {"beam_width": 5},
+        "beam search 5, length penalty 0": {"beam_width": 5, "length_penalty": 0.0}}}
 
 
 def show_generation(undertrained):
     digits, words = held_out_sequences()
-    print(f"\n7. How to generate: the encoder-decoder of section 3 after "
-          f"{min(UNDERTRAINED_STEPS, NUM_STEPS)} steps, on {len(digits)} held-out sequences")
-    show_strategies(encoder_decoder.translate, undertrained, digits, words, STRATEGIES, SEED)
+    steps = min(UNDERTRAINED_STEPS, NUM_STEPS)
+    print(f"\n7. How to generate: the models of section 3 after {steps} steps, on {len(digits)} "
+          "held-out sequences")
+    for name, strategies in STRATEGIES.items():
+        print(f" {name}")
+        translate = ARCHITECTURES[name][0].translate
+        show_strategies(translate, undertrained[name], digits, words, strategies, SEED)
 
 
 # --- 8. Ablations ---------------------------------------------------------------------
@@ -521,31 +518,6 @@ def show_padding_ablation():
           "  relies on padding, and fails on short rows that have none.")
 
 
-# --- 9. Choosing ----------------------------------------------------------------------
-def show_choices():
-    print("\n9. Choosing (not measured): known models, and the sections that support the choice")
-    guide = [
-        ("classification, sentiment", "encoder-only", "BERT, RoBERTa, DeBERTa",
-         "one pass (5), context from both sides (1)"),
-        ("named entities, tagging", "encoder-only", "BERT, RoBERTa",
-         "a label per token, context from both sides (1)"),
-        ("question answering, extractive", "encoder-only", "BERT",
-         "selects a span of a given text (1, 5)"),
-        ("question answering, generative", "decoder-only", "GPT-3, PaLM", "predicts <EOS> (6)"),
-        ("chat", "decoder-only", "GPT-3, LLaMA, Mistral", "one sequence, one cache (5)"),
-        ("code", "decoder-only", "Codex, Code Llama",
-         "continues a text; filling in needs extra training (6)"),
-        ("translation", "encoder-decoder", "T5, mBART, NLLB", "source in both directions (1)"),
-        ("summarization", "encoder-decoder", "BART, PEGASUS, T5",
-         "a long source in both directions, a short answer (1)"),
-        ("search, embeddings", "encoder-only", "Sentence-BERT, E5",
-         "one vector per text in one pass (5)")]
-    for task, architecture, known, why in guide:
-        print(f"  {task:32s}{architecture:17s}{known:26s}{why}")
-    print("  Large decoder-only models now do most of these tasks. For one task with labeled data\n"
-          "  and little time per answer, choose an encoder: one pass, not one per token (5).")
-
-
 def main():
     prepare(globals())
     models = {}
@@ -570,7 +542,6 @@ def main():
     show_generation(undertrained)
     show_ablations()
     show_padding_ablation()
-    show_choices()
 
 
 if __name__ == "__main__":

@@ -78,42 +78,23 @@ NUM_THREADS = 1          # CPU threads
 
 
 # --- 1. Building blocks ---------------------------------------------------------------
-# KNOWN from decoder_only.py, except for what is marked NEW: KeyValueCache.reorder. Continue reading
-# at `EncoderLayer`.
+# KNOWN from decoder_only.py, which explains them, except for what is marked NEW here:
+# KeyValueCache.reorder. Continue reading at `EncoderLayer`.
 def attention(queries, keys, values, mask=None, dropout=0.0):
     """Return softmax(q k^T / sqrt(K)) v and the weights (Vaswani et al. 2017, section 3.2).
 
     queries (B, H, T, K), keys and values (B, H, S, K); mask broadcasts to (B, H, T, S), True = may
-    attend. Each query is compared with each key, and the softmax turns a query's scores into
-    weights that sum to 1. The result is the weighted average of the values:
-
-        one query, three keys          scores  2.0  0.0  2.0   ->   weights  0.47  0.06  0.47
-        with the third key masked                                   weights  0.88  0.12  0.00
-
-    Why divide by sqrt(K)? q.k is a sum of K products. If the entries are independent with mean 0
-    and variance 1, the sum has variance K, so a typical size of sqrt(K). The softmax of such large
-    scores puts almost all weight on one key, and its gradient is almost 0 (attention_by_hand.py).
+    attend.
     """
     scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.size(-1))  # (B, H, T, S)
     if mask is not None:
-        # subtle: not -inf. A query that may attend to nothing (padding, in decoder_only.py) would
-        # become 0/0 = NaN. With the lowest finite number it gets an average that nothing uses.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, dim=-1)
     return F.dropout(weights, dropout) @ values, weights  # (B, H, T, K), (B, H, T, S)
 
 
 class MultiHeadAttention(nn.Module):
-    """Attention in H heads in parallel, each with its own K = D / H dimensions.
-
-    Queries are computed from x; keys and values are computed from memory, which is x itself in
-    self-attention and another sequence in cross-attention (encoder_decoder.py). A query describes
-    what a position looks for, a key what it offers, and a value the content that it passes on.
-
-    Why heads? The weights of one softmax sum to 1, so one head that attends to two tokens gets a
-    blend of both. Two heads can fetch each one separately, and w_o mixes what they found. Heads
-    cost nothing: H matrices of D x K have as many weights as one of D x D.
-    """
+    """Attention in H heads in parallel, each with its own K = D / H dimensions."""
 
     def __init__(self, d_model, num_heads, dropout=0.0):
         super().__init__()
@@ -127,14 +108,7 @@ class MultiHeadAttention(nn.Module):
         self.attention_function = attention  # train_all.py can use PyTorch's fused kernel instead
 
     def split_heads(self, x):
-        """(B, S, D) -> (B, H, S, K): split the D numbers of each token among H heads.
-
-            token 0   0 1 2 3      view, transpose    head 0  [0 1] [4 5]    head 1  [2 3] [6 7]
-            token 1   4 5 6 7      view(B, H, S, K)   head 0  [0 1] [2 3]    head 1  [4 5] [6 7]
-
-        subtle: the second way has the same shape, but its heads mix up the tokens: head 0 gets all
-        of token 0 and nothing of token 1.
-        """
+        """(B, S, D) -> (B, H, S, K): split the D numbers of each token among H heads."""
         return x.view(x.size(0), x.size(1), self.num_heads, self.head_dim).transpose(1, 2)
 
     def merge_heads(self, x):
@@ -162,18 +136,7 @@ class MultiHeadAttention(nn.Module):
 
 
 class PositionalEncoding(nn.Module):
-    """Adds to each token's vector a fixed vector that encodes the token's position.
-
-    Why? Attention is a sum over keys, and a sum ignores order: without positions, an encoder gives
-    `4 0 7` and `7 0 4` the same vectors in another order.
-
-        PE[pos, 2i]   = sin(pos / 10000^(2i/D))
-        PE[pos, 2i+1] = cos(pos / 10000^(2i/D))            Vaswani et al. 2017, section 3.5
-
-    Why waves? Read each pair (sine, cosine) as the hand of a clock. The first hand turns by one
-    radian per position, the last by about 1/10000 of that. Together they tell all positions apart,
-    no number exceeds 1, and "n positions further" is the same rotation everywhere.
-    """
+    """Adds to each token's vector a fixed vector that encodes the token's position."""
 
     def __init__(self, d_model, max_len):
         super().__init__()
@@ -195,12 +158,7 @@ class PositionalEncoding(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers, applied to each position separately (Vaswani et al. 2017, section 3.3).
-
-    What for? Attention only moves and averages what is there. This network computes something new
-    from what has arrived at a position. It needs the nonlinearity in the middle, because two linear
-    layers in a row equal one. GELU (Hendrycks and Gimpel 2016) is a smooth ReLU, max(0, x).
-    """
+    """Two linear layers, applied to each position separately (Vaswani et al. 2017, section 3.3)."""
 
     def __init__(self, d_model, d_ff, dropout=0.0):
         super().__init__()
@@ -214,17 +172,7 @@ class FeedForward(nn.Module):
 
 
 class KeyValueCache:
-    """Stores the keys and values of all tokens so far in one layer, so that each is computed once.
-
-    Later tokens never change an earlier key or value. In layer 1, a key depends on its own token
-    only. Under the causal mask, the layer's output at a position depends on that position and the
-    ones before it, so the same holds for the keys of layer 2, and of every layer after it. So each
-    step after the prompt sends only the newest token through the layers.
-
-    The price is memory: 2 * D numbers per token and layer. In LLaMA 7B (D = 4096, 32 layers, 16
-    bits) that is 512 KiB per token. The cache is allocated up front, because growing it with
-    torch.cat would copy everything at every step.
-    """
+    """Stores the keys and values of all tokens so far in one layer."""
 
     def __init__(self, batch_size, attention, max_len):
         weight = attention.w_k.weight  # attention: its MultiHeadAttention
@@ -250,31 +198,14 @@ class KeyValueCache:
 
 
 def causal_mask(queries, keys, device=None):
-    """Return (1, 1, queries, keys) booleans: each query may attend to keys up to its own position.
-
-    The last query has the position of the last key. With a cache, there are more keys than queries:
-
-        3 queries, 3 keys    # . .        2 queries, 5 keys    # # # # .
-        (# True, . False)    # # .        (3 are cached)       # # # # #
-                             # # #
-    """
+    """Return (1, 1, queries, keys): each query may attend to keys up to its own position."""
     mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     return mask[None, None]  # (1, 1, queries, keys)
 
 
 # KNOWN from encoder_only.py. Continue reading at `DecoderLayer`.
 class EncoderLayer(nn.Module):
-    """One encoder layer: self-attention, then a feed-forward network, each added to its input.
-
-        x = x + attention(norm(x))
-        x = x + feed_forward(norm(x))
-
-    The residual connection `x +` lets a layer add to a token's vector instead of replacing it. It
-    also gives gradients a direct path: the derivative of x + f(x) is 1 + f'(x). LayerNorm gives
-    each token's vector mean 0 and variance 1, then applies a learned gain and shift, so that no
-    part depends on how large the sum has become. Here it comes before each part (pre-norm, Xiong et
-    al. 2020).
-    """
+    """One encoder layer: self-attention, then a feed-forward network, each added to its input."""
 
     def __init__(self, d_model, num_heads, d_ff, dropout=0.0):
         super().__init__()
@@ -507,9 +438,9 @@ class EncoderDecoderTransformer(BaseModel):
     # the others stay: b a and a a. Step 3 finishes b a <EOS>, which wins with -1.4. Greedy
     # generation would have begun with `a` and ended with `a <EOS>` at -1.5.
     #
-    # Finished hypotheses are compared by score = sum / length ** length_penalty. The length includes
-    # <EOS>. Penalty 0 favors short answers, because each further token lowers the sum. Penalty 1
-    # takes the mean: -1.4 / 3 against -1.5 / 2.
+    # Finished hypotheses are compared by score = sum / length ** length_penalty, <EOS> included in
+    # the length. Penalty 0 favors short answers, because each further token lowers the sum. Penalty
+    # 1 takes the mean: -1.4 / 3 against -1.5 / 2.
     #
     # Why the best 2W? At most W of them end, one per hypothesis, so at least W are unfinished. If
     # the beam can hold every hypothesis, the search is exhaustive. With W = 1, only the best
@@ -642,8 +573,8 @@ def record_beam_search(model, digits, width, penalty):
     A step is a list of (ids so far, sum, ended) of its finished and kept candidates.
     """
     steps = []
-    for candidates, sums, ends, kept, finished in model.beam_steps(
-            [VOCABULARY.encode(digits)], width, penalty, len(digits) + 2):
+    search = model.beam_steps([VOCABULARY.encode(digits)], width, penalty, len(digits) + 2)
+    for candidates, sums, ends, kept, finished in search:  # noqa: B007 (the last one is used)
         shown = ends[0].scatter(0, kept[0], True) & (sums[0] > -math.inf)  # (2W,)
         steps.append([(candidates[0, c, 1:].tolist(), sums[0, c].item(), ends[0, c].item())
                       for c in shown.nonzero().flatten().tolist()])
@@ -658,9 +589,10 @@ def show_beam_search(model, digits, expected, width, penalty):
     for step, candidates in enumerate(steps, 1):
         for n, (ids, total, ended) in enumerate(candidates):
             *before, token = VOCABULARY.decode(ids)
-            print(f"  {step if n == 0 else '':>4}   {total:15.3f}   {' '.join([*before, '+', token])}"
-                  + ("   (finished)" if ended else ""))
-    print(f"  stopped after {len(steps)} of {len(digits) + 2} steps; score = sum / length ^ penalty")
+            text = " ".join([*before, "+", token]) + ("   (finished)" if ended else "")
+            print(f"  {step if n == 0 else '':>4}   {total:15.3f}   {text}")
+    print(f"  stopped after {len(steps)} steps, at most {len(digits) + 2}; "
+          "score = sum / length ^ penalty")
     for hypothesis in found:
         correct = hypothesis.tokens == VOCABULARY.encode(expected) + [EOS]
         print(f"    {hypothesis.score:8.3f} = {hypothesis.log_probability:7.3f} / "

@@ -483,9 +483,9 @@ def fine_tune(encoder, train_loader, val_loader, num_epochs, learning_rate, warm
 
 def print_scores(pretrained, from_scratch):
     """Print two lists of scores side by side, a row per epoch. The first list may be shorter."""
-    for epoch, score in enumerate(from_scratch, 1):
+    for epoch, accuracy in enumerate(from_scratch, 1):
         before = f"{pretrained[epoch - 1]:6.1%}" if epoch <= len(pretrained) else "      "
-        print(f"  epoch {epoch:2d}   correct: pretrained {before}   from scratch {score:6.1%}")
+        print(f"  epoch {epoch:2d}   correct: pretrained {before}   from scratch {accuracy:6.1%}")
 
 
 # --- 7. Looking inside ----------------------------------------------------------------

@@ -7,11 +7,13 @@ same for every architecture, so it is here:
     lr_factor, create_optimizer    warmup and decay of the learning rate; AdamW
     batches, evaluation_mode       the small parts of a loop
     score                          loss, accuracy, and exact match on held-out sequences
+    use_fused_attention, checkpoint_layers      the same results, faster or in less memory
     train_for, show_strategies, time_generation, ...       measuring, for tables and figures
 
 READING ORDER   read `create_optimizer` and `score`. The rest only serves the comparisons.
 """
 import contextlib
+import functools
 import math
 import statistics
 import time
@@ -20,6 +22,7 @@ from housekeeping import InputError
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from toy_dataset import IGNORE_INDEX, exact_match, to_device
@@ -39,14 +42,16 @@ def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
     return final_factor + (1 - final_factor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def create_optimizer(model, learning_rate, total_steps, warmup_steps, weight_decay=0.01):
-    """Return (AdamW, scheduler) for `total_steps` steps. Call scheduler.step() after each step.
-
-    Raises InputError if warmup takes all steps, because the learning rate would never decay.
-    """
-    if warmup_steps >= max(total_steps, 1):
+def check_warmup(warmup_steps, total_steps):
+    """Raise InputError if warmup takes all steps: the rate would never reach its peak and decay."""
+    if warmup_steps >= total_steps:
         raise InputError(f"WARMUP_STEPS={warmup_steps} takes all of the {total_steps} steps: use "
                          f"{total_steps // 10}, or train for longer")
+
+
+def create_optimizer(model, learning_rate, total_steps, warmup_steps, weight_decay=0.01):
+    """Return (AdamW, scheduler) for `total_steps` steps. Call scheduler.step() after each step."""
+    check_warmup(warmup_steps, total_steps)
     fused = next(model.parameters()).device.type != "mps"  # faster; older MPS builds lack it
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay,
                                   fused=fused)
@@ -107,7 +112,58 @@ def score(model, loader, logits_and_labels, translate):
             "exact_match": num_exact / len(examples), "examples": examples}
 
 
-# --- 4. Measuring, for tables and figures ---------------------------------------------
+# --- 4. Speed and memory, for train_all.py and the benchmarks --------------------------
+def fused_attention(queries, keys, values, mask=None, dropout=0.0):
+    """Compute `attention` in one kernel. Returns (result, None), because it stores no weights.
+
+    It computes the softmax in tiles (Dao et al. 2022, FlashAttention) and divides by sqrt(K)
+    itself. Since PyTorch 2.5, it returns zeros for a query that may attend to nothing.
+    """
+    return F.scaled_dot_product_attention(queries, keys, values, mask, dropout), None
+
+
+def use_fused_attention(model):
+    """Make every attention module in `model` use PyTorch's fused kernel. Returns the model."""
+    for module in model.modules():
+        if hasattr(module, "attention_function"):
+            module.attention_function = fused_attention
+    return model
+
+
+def checkpoint_layers(model):
+    """Make every layer keep only its input and recompute the rest in the backward pass.
+
+    This saves memory and costs one more forward pass, about a third more work (Chen et al. 2016).
+    The gradients are the same. Returns the model.
+    """
+    def run(forward, *inputs):
+        if torch.is_grad_enabled():
+            return checkpoint(forward, *inputs, use_reentrant=False)
+        return forward(*inputs)
+
+    for layer in model.modules():
+        if type(layer).__name__ in ("EncoderLayer", "DecoderLayer"):
+            layer.forward = functools.partial(run, layer.forward)
+    return model
+
+
+def activation_bytes(script, model, batch):
+    """Return how many bytes a forward pass keeps for the backward pass, excluding the weights."""
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()  # views of one storage count once
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits, _ = script.logits_and_labels(model.train(), batch)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    del logits  # until here, it keeps what was packed alive
+    return sum(size for pointer, size in kept.items() if pointer not in weights)
+
+
+# --- 5. Measuring, for tables and figures ---------------------------------------------
 def train_for(script, model, train_loader, num_steps, learning_rate, warmup_steps, clip_norm,
               watch=None):
     """Train for `num_steps` plain steps and return the model.

@@ -32,8 +32,7 @@ from decoder_only import DecoderOnlyTransformer, causal_mask
 from encoder_decoder import EncoderDecoderTransformer
 from hugging_face import as_pegasus, cut
 from toy_dataset import EOS, PAD, SOS, VOCABULARY, create_dataloaders
-from train_all import use_fused_attention
-from training import create_optimizer
+from training import create_optimizer, use_fused_attention
 
 V = len(VOCABULARY)
 OURS, FORMULA, BARE = "this collection", "written-out formula", "bare matrix products"

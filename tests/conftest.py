@@ -1,6 +1,7 @@
 """Shared by the tests: random models, and a way to run a script as a user does."""
 
 import atexit
+import csv
 import ctypes
 import functools
 import os
@@ -17,7 +18,9 @@ import torch
 import decoder_only
 import encoder_decoder
 import encoder_only
+import train_all
 from housekeeping import run_script
+from toy_dataset import EOS
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
@@ -58,6 +61,38 @@ def random_model(name, **arguments):
         model.embedding.weight.normal_(std=0.6)
         model.output.weight = torch.nn.Parameter(torch.randn_like(model.embedding.weight))
     return model
+
+
+def random_weights(module):
+    """Return `module` in float64 and evaluation mode with large random weights, norms and biases
+    too: they start as 1 and 0, so a swap of two of them would not show.
+    """
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.5)
+    return module.double().eval()
+
+
+def close(found, expected, tolerance=1e-10):
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+
+
+def logits_of(model, source, target=None):
+    """Logits for ids (B, S). Only the encoder-decoder uses `target`, its decoder input."""
+    return model(source, target) if hasattr(model, "encoder_layers") else model(source)
+
+
+def random_models(name, count=8, ends=1.5, **arguments):
+    """Yield random models whose answers depend much on the input. Many answers end early."""
+    for seed in range(count):
+        torch.manual_seed(seed)
+        model = random_model(name, **{"d_model": 24, "num_heads": 4, **arguments})
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, torch.nn.Linear) and module is not model.output:
+                    module.weight *= 4
+            model.output.weight[EOS] *= ends
+        yield model
 
 
 def obey_permissions():
@@ -170,3 +205,29 @@ def refused(script, monkeypatch, capsys, **constants):
 @pytest.fixture
 def workplace(tmp_path):
     return Workplace(tmp_path)
+
+
+TINY = {"D_MODEL": 12, "NUM_HEADS": 3, "NUM_LAYERS": 2, "D_FF": 20, "DROPOUT": 0.1,
+        "NUM_SAMPLES": 150, "MAX_DIGITS": 3, "VALIDATION_SHARE": 0.2, "BATCH_SIZE": 10,
+        "ACCUMULATION_STEPS": 4, "NUM_EPOCHS": 2, "WARMUP_STEPS": 2, "RESUME_EVERY": 2}  # fmt: skip
+
+
+def train_here(monkeypatch, folder, *names, **constants):
+    """Let train_all.main() train `names` (default: all) with small constants, and use `folder`.
+
+    It has 3 steps per epoch then, and takes a tenth of a second per architecture.
+    """
+    for name, value in {**TINY, **constants}.items():
+        assert hasattr(train_all, name), name
+        monkeypatch.setattr(train_all, name, value)
+    chosen = {name: train_all.ARCHITECTURES[name] for name in names or train_all.ARCHITECTURES}
+    for name, value in {"ARCHITECTURES": chosen, "CHECKPOINTS": folder / "checkpoints",
+                        "RUNS": folder / "runs",
+                        "UNFINISHED": folder / "runs" / "unfinished.pt"}.items():
+        monkeypatch.setattr(train_all, name, value)
+
+
+def table(path):
+    """The rows of a CSV file, as dictionaries."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

@@ -1,57 +1,36 @@
 """Models of Hugging Face's transformers with our weights: each computes the same function.
 
-Used by test_hugging_face.py and benchmarks/bench.py. Our models are pre-norm, with sinusoids that
-are added to scaled embeddings. Pegasus is built the same way, and its encoder is our encoder-only
-model without the output layer. GPT-2 gets the sinusoids as its learned positions.
+Used by test_references.py and benchmarks/bench.py. Our models are pre-norm, with sinusoids that are
+added to scaled embeddings. Pegasus is built the same way, and its encoder is our encoder-only model
+without the output layer. GPT-2 gets the sinusoids as its learned positions.
 """
-
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded: all models are built here
 import torch  # noqa: E402
-from transformers import (  # noqa: E402
-    GPT2Config,
-    GPT2LMHeadModel,
-    PegasusConfig,
-    PegasusForConditionalGeneration,
-)
+from transformers import (GPT2Config, GPT2LMHeadModel, PegasusConfig,  # noqa: E402
+                          PegasusForConditionalGeneration)
 
 from toy_dataset import EOS, PAD, SOS  # noqa: E402
 
 
-def pegasus_config(model):
+def pegasus(model):
+    """Return Pegasus in the sizes of `model`, with its own random weights."""
     a = model.arguments
-    return PegasusConfig(
-        vocab_size=a["vocab_size"],
-        d_model=a["d_model"],
-        max_position_embeddings=a["max_len"],
-        encoder_layers=a["num_layers"],
-        decoder_layers=a["num_layers"],
-        encoder_attention_heads=a["num_heads"],
-        decoder_attention_heads=a["num_heads"],
-        encoder_ffn_dim=a["d_ff"],
-        decoder_ffn_dim=a["d_ff"],
-        activation_function="gelu",
-        dropout=0.0,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
-        scale_embedding=True,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        decoder_start_token_id=SOS,
-        bos_token_id=SOS,
-        forced_eos_token_id=None,
-        tie_word_embeddings=False,
-    )
+    theirs = PegasusForConditionalGeneration(PegasusConfig(
+        vocab_size=a["vocab_size"], d_model=a["d_model"], max_position_embeddings=a["max_len"],
+        encoder_layers=a["num_layers"], decoder_layers=a["num_layers"],
+        encoder_attention_heads=a["num_heads"], decoder_attention_heads=a["num_heads"],
+        encoder_ffn_dim=a["d_ff"], decoder_ffn_dim=a["d_ff"], activation_function="gelu",
+        dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, scale_embedding=True,
+        pad_token_id=PAD, eos_token_id=EOS, decoder_start_token_id=SOS, bos_token_id=SOS,
+        forced_eos_token_id=None, tie_word_embeddings=False))
+    return theirs.to(model.embedding.weight).eval()
 
 
 def copy_attention(mine, other):
-    for name, layer in (
-        ("q_proj", mine.w_q),
-        ("k_proj", mine.w_k),
-        ("v_proj", mine.w_v),
-        ("out_proj", mine.w_o),
-    ):
+    for name, layer in (("q_proj", mine.w_q), ("k_proj", mine.w_k), ("v_proj", mine.w_v),
+                        ("out_proj", mine.w_o)):
         getattr(other, name).load_state_dict(layer.state_dict())
 
 
@@ -62,7 +41,7 @@ def copy_stack(model, layers, norm, stack):
     stack.embed_positions.weight.copy_(model.positional_encoding.table)
     stack.layer_norm.load_state_dict(norm.state_dict())
     for mine, other in zip(layers, stack.layers):
-        copy_attention(getattr(mine, "attention", None) or mine.self_attention, other.self_attn)
+        copy_attention(mine.self_attention, other.self_attn)
         other.self_attn_layer_norm.load_state_dict(mine.norm1.state_dict())
         other.fc1.load_state_dict(mine.feed_forward.up.state_dict())
         other.fc2.load_state_dict(mine.feed_forward.down.state_dict())
@@ -74,11 +53,9 @@ def copy_stack(model, layers, norm, stack):
 
 def as_pegasus(model):
     """Return Pegasus with the weights of an EncoderDecoderTransformer."""
-    theirs = PegasusForConditionalGeneration(pegasus_config(model))
-    theirs = theirs.to(model.embedding.weight).eval()
-    with torch.no_grad():
-        theirs.model.shared.weight.copy_(model.embedding.weight)
-        theirs.lm_head.weight.copy_(model.output.weight)
+    theirs = pegasus(model)
+    theirs.model.shared.load_state_dict(model.embedding.state_dict())
+    theirs.lm_head.load_state_dict(model.output.state_dict())
     copy_stack(model, model.encoder_layers, model.encoder_norm, theirs.model.encoder)
     copy_stack(model, model.decoder_layers, model.final_norm, theirs.model.decoder)
     return theirs
@@ -86,38 +63,26 @@ def as_pegasus(model):
 
 def as_pegasus_encoder(model):
     """Return the encoder of Pegasus with the weights of an EncoderOnlyTransformer."""
-    theirs = PegasusForConditionalGeneration(pegasus_config(model))
-    theirs = theirs.to(model.embedding.weight).eval()
-    copy_stack(model, model.layers, model.final_norm, theirs.model.encoder)
-    return theirs.model.encoder
+    encoder = pegasus(model).model.encoder
+    copy_stack(model, model.layers, model.final_norm, encoder)
+    return encoder
 
 
 @torch.no_grad()
 def as_gpt2(model):
     """Return GPT-2 with the weights of a DecoderOnlyTransformer."""
     a = model.arguments
-    config = GPT2Config(
-        vocab_size=a["vocab_size"],
-        n_positions=a["max_len"],
-        n_embd=a["d_model"],
-        n_layer=a["num_layers"],
-        n_head=a["num_heads"],
-        n_inner=a["d_ff"],
+    theirs = GPT2LMHeadModel(GPT2Config(
+        vocab_size=a["vocab_size"], n_positions=a["max_len"], n_embd=a["d_model"],
+        n_layer=a["num_layers"], n_head=a["num_heads"], n_inner=a["d_ff"],
         activation_function="gelu",  # exact, as here; GPT-2 itself uses the tanh approximation
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=SOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        tie_word_embeddings=False,
-    )
-    theirs = GPT2LMHeadModel(config).to(model.embedding.weight).eval()
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=SOS, eos_token_id=EOS,
+        pad_token_id=PAD, tie_word_embeddings=False)).to(model.embedding.weight).eval()
     body = theirs.transformer
     body.wte.weight.copy_(model.embedding.weight * model.embedding_scale)
     body.wpe.weight.copy_(model.positional_encoding.table)
     body.ln_f.load_state_dict(model.final_norm.state_dict())
-    theirs.lm_head.weight.copy_(model.output.weight)
+    theirs.lm_head.load_state_dict(model.output.state_dict())
 
     def copy(layers, other):  # Conv1D keeps its weight as (in, out)
         other.weight.copy_(torch.cat([layer.weight for layer in layers]).T)
@@ -136,4 +101,4 @@ def as_gpt2(model):
 
 def cut(row):
     """Return a row of Hugging Face's output without <SOS> and without what follows <EOS>."""
-    return row[1 : row.index(EOS) + 1] if EOS in row else row[1:]
+    return row[1:row.index(EOS) + 1] if EOS in row else row[1:]

@@ -1,426 +1,480 @@
-"""Training: masks as in BERT, warmup from the first step, and runs that stop at a NaN loss."""
-
+"""Training: masks as in BERT, the schedule, a plain loop, honest scores, and what measures them."""
+import functools
 import math
-import re
+import time
+from types import SimpleNamespace
 
+from conftest import MODELS, SCRIPTS, random_model
 import pytest
 import torch
 
 import encoder_only
-from conftest import MODELS, ROOT, SCRIPTS, random_model
-from housekeeping import RULES, check_constants
-from toy_dataset import (
-    FIRST_ORDINARY,
-    IGNORE_INDEX,
-    MASK,
-    PAD,
-    SEP,
-    VOCABULARY,
-    WORD_OF,
-    collate_fn,
-    create_dataloaders,
-    pad_rows,
-)
+import training
+from housekeeping import InputError
+from toy_dataset import (FIRST_ORDINARY, IGNORE_INDEX, MASK, PAD, SEP, VOCABULARY, WORD_OF, WORDS,
+                         NumberTranslationDataset, collate_fn, create_dataloaders, pad_rows)
 
-PAIRS = pad_rows(
-    [
-        VOCABULARY.encode("4 0 7 2 9 <SEP> four zero seven two nine"),
-        VOCABULARY.encode("3 <SEP> three"),
-    ]
-    * 3000,
-    PAD,
-)
+SIZES = {"d_model": 12, "num_heads": 3, "num_layers": 1, "d_ff": 20}
+PAIRS = pad_rows([VOCABULARY.encode("4 0 7 2 9 <SEP> four zero seven two nine"),
+                  VOCABULARY.encode("3 <SEP> three")] * 3000, PAD)  # (6000, 11)
+RIGHT = (PAIRS == SEP).cumsum(1) > 0
 
 
+def seeded(number=0):
+    return torch.Generator().manual_seed(number)
+
+
+def small_loaders(batch_size=32, num_samples=300):
+    return create_dataloaders(num_samples, 4, batch_size, 0)
+
+
+def new_model(name, seed=3, **arguments):
+    torch.manual_seed(seed)
+    return MODELS[name](**{**SIZES, **arguments})
+
+
+# --- Masked language modeling ---------------------------------------------------------
 @pytest.fixture(scope="module")
 def masked():
-    return encoder_only.mask_tokens(PAIRS, generator=torch.Generator().manual_seed(0))
+    """What mask_tokens makes of PAIRS: corrupted tokens, labels, and which are selected."""
+    corrupted, labels = encoder_only.mask_tokens(PAIRS, generator=seeded())
+    return corrupted, labels, labels != IGNORE_INDEX
 
 
 def test_selected_tokens_follow_the_80_10_10_split(masked):
-    corrupted, labels = masked
-    selected = labels != IGNORE_INDEX
-    shares = torch.tensor(
-        [
-            (corrupted[selected] == MASK).double().mean(),
-            ((corrupted != MASK) & (corrupted != PAIRS))[selected].double().mean(),
-            (corrupted == PAIRS)[selected].double().mean(),
-        ]
-    )
-    # One in twenty random tokens happens to be the original: 10% * 19/20, and the rest goes to
-    # "stay".
-    torch.testing.assert_close(
-        shares, torch.tensor([0.8, 0.095, 0.105]).double(), atol=0.012, rtol=0
-    )
+    corrupted, _, selected = masked
+    shares = [(corrupted == MASK)[selected].double().mean().item(),
+              ((corrupted != MASK) & (corrupted != PAIRS))[selected].double().mean().item()]
+    # One in twenty random tokens happens to be the original, so 10% * 19/20.
+    assert shares == pytest.approx([0.8, 0.095], abs=0.012)
 
 
 def test_only_selected_positions_change_and_only_they_have_labels(masked):
-    corrupted, labels = masked
-    selected = labels != IGNORE_INDEX
+    corrupted, labels, selected = masked
     assert torch.equal(corrupted[~selected], PAIRS[~selected])
     assert torch.equal(labels[selected], PAIRS[selected])
 
 
 def test_special_tokens_are_never_selected_and_never_a_replacement(masked):
-    corrupted, labels = masked
-    special = PAIRS < FIRST_ORDINARY
-    assert (labels[special] == IGNORE_INDEX).all()
-    changed = corrupted[corrupted != PAIRS]
-    assert ((changed == MASK) | (changed >= FIRST_ORDINARY)).all()
-    others = changed[changed != MASK]
-    assert set(others.tolist()) == set(
-        range(FIRST_ORDINARY, 26)
-    )  # every digit and every word occurs
+    corrupted, _, selected = masked
+    assert not selected[PAIRS < FIRST_ORDINARY].any()
+    changed = corrupted[corrupted != PAIRS]  # every digit and every word occurs
+    assert set(changed.tolist()) == {MASK, *range(FIRST_ORDINARY, 26)}
 
 
 def test_each_row_masks_some_or_all_of_one_side(masked):
-    _, labels = masked
-    selected = labels != IGNORE_INDEX
-    right = (PAIRS == SEP).cumsum(1) > 0
-    on_left, on_right = (selected & ~right).sum(1), (selected & right).sum(1)
+    selected = masked[2]
+    on_left, on_right = (selected & ~RIGHT).sum(1), (selected & RIGHT).sum(1)
     assert ((on_left > 0) ^ (on_right > 0)).all()  # exactly one side
     assert (on_right > 0).double().mean().item() == pytest.approx(0.5, abs=0.03)
-    long_rows = torch.arange(len(PAIRS)) % 2 == 0
-    share_all = (torch.maximum(on_left, on_right)[long_rows] == 5).double().mean().item()
-    assert share_all > 0.1  # a fixed rate of 15% would give 0.00008
-    count = (torch.maximum(on_left, on_right)[long_rows]).double().mean().item() / 5
-    assert 0.5 < count < 0.65  # rates between 0.15 and 1, and at least one
+    counts = (on_left + on_right)[::2].double()  # in rows of five digits
+    assert (counts == 5).double().mean() > 0.1  # a fixed rate of 15% would give 0.00008
+    assert 0.5 < counts.mean() / 5 < 0.65  # rates between 0.15 and 1, and at least one token
+
+
+def test_masking_rates_change_what_they_name():
+    def counts(**rates):
+        corrupted, labels = encoder_only.mask_tokens(PAIRS, generator=seeded(), **rates)
+        selected = labels != IGNORE_INDEX
+        masked = ((corrupted == MASK) & selected).sum().item()
+        other = ((corrupted != MASK) & (corrupted != PAIRS)).sum().item()
+        return selected.sum().item(), masked, other
+
+    selected = counts()[0]
+    assert counts(mask_share=1.0)[1:] == (selected, 0)
+    assert counts(mask_share=0.0, random_share=0.0) == (selected, 0, 0)
+    assert counts(mask_share=0.0, random_share=1.0)[2] == pytest.approx(0.95 * selected, rel=0.02)
+    assert counts(mask_share=0.2)[1] == pytest.approx(0.2 * selected, rel=0.1)
+    assert counts(min_rate=1.0)[0] == 3000 * (5 + 1) > 1.3 * selected > 1.3 * counts(min_rate=0)[0]
+
+
+def test_masking_uses_its_generator_and_no_other():
+    state = torch.get_rng_state()
+    for function in (encoder_only.mask_tokens, encoder_only.corrupt_one_word):
+        first, again, other = (function(PAIRS, generator=seeded(n))[0] for n in (3, 3, 4))
+        assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_masks_are_random_in_training_and_fixed_in_evaluation():
-    model = MODELS["encoder_only"](d_model=16, num_heads=2, num_layers=1)
-    batch = next(iter(create_dataloaders(500, 5, 64, 0)[0]))
-    for training in (True, False):
-        model.train(training)
-        losses = {encoder_only.compute_loss(model, batch).item() for _ in range(3)}
-        assert len(losses) == (3 if training else 1)
+    model, batch = new_model("encoder_only"), next(iter(small_loaders()[0]))
+    for mode in (True, False):
+        losses = {encoder_only.compute_loss(model.train(mode), batch).item() for _ in range(3)}
+        assert len(losses) == (3 if mode else 1)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.parametrize("total, warmup", [(100, 10), (1000, 40), (5, 40), (3, 0), (1, 0)])
-def test_the_learning_rate_starts_above_zero_peaks_and_decays(name, total, warmup):
-    factors = [SCRIPTS[name].lr_factor(step, total, warmup) for step in range(total)]
-    assert all(0 < factor <= 1 for factor in factors)
-    up = factors[: min(warmup, total)]
-    assert up == sorted(up)
-    if total > warmup > 0:
-        assert factors[warmup - 1] == 1.0 and factors[0] == 1 / warmup
-        assert factors[warmup:] == sorted(factors[warmup:], reverse=True)
-        assert factors[-1] < 0.1
+# --- Schedule and optimizer -----------------------------------------------------------
+@pytest.mark.parametrize("total, warmup", [(100, 10), (1000, 40), (3, 0), (1, 0), (5, 4)])
+def test_the_learning_rate_starts_above_zero_peaks_and_decays(total, warmup):
+    factors = [training.lr_factor(step, total, warmup) for step in range(total)]
+    assert factors[:warmup] == [(step + 1) / warmup for step in range(warmup)]
+    assert all(0 < factor <= 1 for factor in factors) and max(factors) == 1.0
+    assert factors[warmup:] == sorted(factors[warmup:], reverse=True)
     for after in (10 * total + warmup, total + warmup + 2):  # and stays there
-        assert SCRIPTS[name].lr_factor(after, total, warmup) == pytest.approx(0.05)
-    if total > warmup + 1:
-        assert SCRIPTS[name].lr_factor(total - 1, total, warmup, 0.2) == pytest.approx(0.2)
+        assert training.lr_factor(after, total, warmup) == pytest.approx(0.05)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_the_loss_is_the_mean_over_the_labels_that_count(name):
-    model = MODELS[name](d_model=16, num_heads=2, num_layers=1).eval()
-    batch = next(iter(create_dataloaders(500, 5, 16, 0)[0]))
-    logits, labels = SCRIPTS[name].logits_and_labels(model, batch)
-    total, count = 0.0, 0
-    for row, row_labels in zip(logits, labels):
-        for position, label in zip(row, row_labels.tolist()):
-            if label != IGNORE_INDEX:
-                total -= position.log_softmax(-1)[label].item()
-                count += 1
-    assert SCRIPTS[name].compute_loss(model, batch).item() == pytest.approx(total / count, rel=1e-4)
-    words = sum(len(row) for row in batch["words"])
-    assert count == words + (
-        0 if name == "encoder_only" else len(batch["words"])
-    )  # <EOS> counts too, but digits do not
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_evaluation_ignores_the_batch_size_and_changes_nothing(name):
-    model = MODELS[name](d_model=16, num_heads=2, num_layers=1)
-    results = []
-    for batch_size in (3, 32):
-        torch.manual_seed(1)
-        before = torch.get_rng_state()
-        result = SCRIPTS[name].evaluate(model, create_dataloaders(400, 5, batch_size, 0)[1])
-        assert torch.equal(torch.get_rng_state(), before)
-        assert len(result["examples"]) == len(create_dataloaders(400, 5, batch_size, 0)[1].dataset)
-        results.append({key: result[key] for key in ("loss", "accuracy", "exact_match")})
-    assert results[0] == pytest.approx(results[1], rel=1e-5)
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_exact_match_scores_the_output_of_translate(name, monkeypatch):
-    """If every second row is correct, exact match is one half, and mistakes come first."""
-    script = SCRIPTS[name]
-    _, loader = create_dataloaders(1000, 5, 10, 0)
-    turn = iter(range(10**6))
-
-    def half_right(model, sequences):
-        words = [[WORD_OF[d] for d in digits] for digits in sequences]
-        return [row if next(turn) % 2 else row[:-1] + ["<EOS>"] for row in words]
-
-    monkeypatch.setattr(script, "translate", half_right)
-    result = script.evaluate(MODELS[name](d_model=16, num_heads=2, num_layers=1), loader)
-    assert result["exact_match"] == pytest.approx(0.5, abs=0.01)
-    verdicts = [expected == written for _, expected, written in result["examples"]]
-    assert verdicts == sorted(verdicts)
-
-
-@pytest.mark.parametrize("name", ["decoder_only", "encoder_decoder"])
-def test_stopping_too_early_or_too_late_is_a_mistake(name):
-    script, model = SCRIPTS[name], MODELS[name](d_model=16, num_heads=2, num_layers=1)
-    written = {
-        "early": [20, 2],
-        "right": [20, 16, 2],
-        "late": [20, 16, 16, 2],
-        "never": [20, 16, 16, 16],
-    }
-    for ids in written.values():
-        model.generate = lambda *a, ids=ids, **k: [ids]
-        right = script.translate(model, [["4", "0"]]) == [["four", "zero"]]
-        assert right == (ids == written["right"])
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_one_batch_can_be_memorized(name):
-    """The loss goes to 0 unless a residual is broken, a shift is wrong, or a weight is frozen."""
-    script = SCRIPTS[name]
-    model = MODELS[name](d_model=32, num_heads=2, num_layers=2, d_ff=64)
-    batch = next(iter(create_dataloaders(200, 4, 8, 0)[0]))
-    optimizer, _ = script.create_optimizer(model, 3e-3, 300, 40)
-    for group in optimizer.param_groups:
-        group["lr"] = 3e-3
-    first = script.compute_loss(model, batch).item()
-    for _ in range(250 if name != "encoder_only" else 800):
-        loss = script.compute_loss(model, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.eval()
-    assert script.compute_loss(model, batch).item() < 0.1 < first
-    assert script.translate(model, batch["digits"]) == batch["words"]
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_nan_loss_stops_training_with_step_and_hint(name):
-    script, model = SCRIPTS[name], MODELS[name](d_model=16, num_heads=2, num_layers=1)
-    train_loader, _ = create_dataloaders(300, 4, 32, 0)
-    optimizer, scheduler = script.create_optimizer(model, 1e-3, 100, 40)
-    script.train_epoch(model, train_loader, optimizer, scheduler, 1.0)
-    steps = len(train_loader)
-    with torch.no_grad():
-        model.embedding.weight[7] = math.nan
-    with pytest.raises(ValueError, match=rf"nan at step {steps}.*LEARNING_RATE"):
-        script.train_epoch(model, train_loader, optimizer, scheduler, 1.0)
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_an_epoch_equals_a_plain_training_loop(name):
-    """Each step uses the clipped gradient of its own batch, at the scheduled learning rate."""
-    script, models = SCRIPTS[name], []
-    for _ in range(2):
-        torch.manual_seed(3)
-        models.append(MODELS[name](d_model=16, num_heads=2, num_layers=1, d_ff=32))
-    # SGD, because Adam divides by the gradient's size and makes a full step of rounding noise.
-    optimizer = torch.optim.SGD(models[0].parameters(), lr=0.1)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: script.lr_factor(step, 30, 5)
-    )
-    torch.manual_seed(4)
-    script.train_epoch(models[0], create_dataloaders(300, 4, 32, 0)[0], optimizer, scheduler, 0.5)
-
-    torch.manual_seed(4)
-    for step, batch in enumerate(create_dataloaders(300, 4, 32, 0)[0]):
-        gradients = torch.autograd.grad(
-            script.compute_loss(models[1], batch), list(models[1].parameters())
-        )
-        length = math.sqrt(sum((gradient.double() ** 2).sum().item() for gradient in gradients))
-        with torch.no_grad():
-            for parameter, gradient in zip(models[1].parameters(), gradients):
-                parameter.sub_(
-                    0.1 * script.lr_factor(step, 30, 5) * gradient * min(1.0, 0.5 / length)
-                )
-    for a, b in zip(models[0].parameters(), models[1].parameters()):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_training_is_reproducible(name):
-    losses = []
-    for _ in range(2):
-        torch.manual_seed(7)
-        model = MODELS[name](d_model=16, num_heads=2, num_layers=1, dropout=0.1)
-        train_loader, _ = create_dataloaders(300, 4, 32, 0)
-        optimizer, scheduler = SCRIPTS[name].create_optimizer(model, 1e-3, 100, 40)
-        losses.append(
-            [
-                SCRIPTS[name].train_epoch(model, train_loader, optimizer, scheduler, 1.0)
-                for _ in range(2)
-            ]
-        )
-    assert losses[0] == losses[1]
-
-
-def test_fine_tuning_leaves_the_original_encoder_unchanged():
-    encoder = MODELS["encoder_only"](d_model=16, num_heads=2, num_layers=1)
-    before = {key: value.clone() for key, value in encoder.state_dict().items()}
-    classifier = encoder_only.MatchClassifier(encoder)
-    loaders = create_dataloaders(300, 4, 32, 0)
-    optimizer, scheduler = encoder_only.create_optimizer(classifier, 1e-2, 30, 5)
-    encoder_only.train_epoch(
-        classifier, loaders[0], optimizer, scheduler, 1.0, encoder_only.classifier_loss
-    )
-    assert all(torch.equal(before[key], value) for key, value in encoder.state_dict().items())
-    assert not torch.equal(before["embedding.weight"], classifier.encoder.embedding.weight)
-    scores = [encoder_only.evaluate_classifier(classifier, loaders[1]) for _ in range(2)]
-    assert scores[0] == scores[1] and 0 <= scores[0] <= 1
-    assert len(encoder_only.fine_tune(encoder, *loaders, 2, 1e-3, 5, 1.0)) == 2
-
-
-def test_half_the_rows_get_one_wrong_word_and_label_0():
-    corrupted, labels = encoder_only.corrupt_one_word(PAIRS, torch.Generator().manual_seed(0))
-    changed = corrupted != PAIRS
-    assert torch.equal(changed.sum(1), 1 - labels)
-    assert labels.double().mean().item() == pytest.approx(0.5, abs=0.03)
-    old, new = PAIRS[changed], corrupted[changed]
-    words = range(VOCABULARY.ids["zero"], VOCABULARY.ids["nine"] + 1)
-    assert set(old.tolist()) <= set(words) and set(new.tolist()) == set(words)
-    assert (changed.any(0) == (PAIRS >= words[0]).any(0)).all()  # every word position is chosen
-
-
-@pytest.mark.parametrize(
-    "constants, words",
-    [
-        (
-            {"NUM_HEADS": 3, "D_MODEL": 64},
-            "NUM_HEADS=3 does not divide D_MODEL=64: use 1, 2, 4, 8, ...",
-        ),
-        ({"D_MODEL": 65, "NUM_HEADS": 5}, "D_MODEL=65 must be even"),
-        ({"D_MODEL": 0}, "D_MODEL=0 is out of range"),
-        ({"NUM_LAYERS": True}, "NUM_LAYERS=True is not a whole number"),
-        ({"NUM_EPOCHS": 1.5}, "NUM_EPOCHS=1.5 is not a whole"),
-        ({"BATCH_SIZE": "64"}, "BATCH_SIZE='64' is not a whole"),
-        ({"SEED": -1}, "SEED=-1"),
-        ({"SEED": 10**400}, "SEED=(a huge number)"),
-        ({"LEARNING_RATE": 0}, "LEARNING_RATE=0 "),
-        ({"LEARNING_RATE": math.nan}, "LEARNING_RATE=nan is out of range"),
-        ({"LEARNING_RATE": None}, "LEARNING_RATE=None is not a number"),
-        ({"DROPOUT": 1.0}, "DROPOUT=1.0"),
-        ({"DROPOUT": -0.1}, "DROPOUT=-0.1"),
-        ({"VALIDATION_SHARE": 0}, "VALIDATION_SHARE=0"),
-        ({"MASK_SHARE": 0.8, "RANDOM_SHARE": 0.3}, "sum to more than 1"),
-        ({"DEVICE": "tpu"}, "DEVICE='tpu'"),
-        ({"BEAM_WIDTH": 0}, "BEAM_WIDTH=0"),
-        ({"LENGTH_PENALTY": -1}, "LENGTH_PENALTY=-1"),
-    ],
-)
-def test_invalid_constants_are_rejected_with_name_value_and_fix(constants, words):
-    with pytest.raises(ValueError) as error:
-        check_constants(constants)
-    assert words in str(error.value) and "use " in str(error.value) and "\n" not in str(error.value)
-
-
-def test_valid_constants_are_accepted():
-    check_constants(
-        {
-            "D_MODEL": 64,
-            "NUM_HEADS": 4,
-            "DROPOUT": 0,
-            "LEARNING_RATE": 1,
-            "MASK_SHARE": 1.0,
-            "RANDOM_SHARE": 0,
-            "DEVICE": "cpu",
-            "SOMETHING_ELSE": object(),
-        }
-    )
-
-
-@pytest.mark.parametrize("script", sorted(path.stem for path in ROOT.glob("*.py")))
-def test_every_constant_in_a_constants_block_has_a_rule(script):
-    text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
-    blocks = re.findall(r"# CONSTANTS - .*\n# =+\n((?:.*\n)*?)# =+\n", text)
-    names = set(re.findall(r"^([A-Z_]+) = ", "".join(blocks), flags=re.MULTILINE))
-    assert names <= RULES.keys() | {"DEVICE", "SENTENCE"}  # these two have their own checks
-    for name in names:
-        kind, *limits = RULES.get(name, (bool,))
-        if limits:
-            check_constants({name: limits[2]} | ({"D_MODEL": 64} if name == "NUM_HEADS" else {}))
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-@torch.no_grad()
-def test_evaluation_returns_the_numbers_computed_by_hand(name):
-    """Row by row, with the loss and accuracy of each label and a comparison of each answer."""
-    script, model = SCRIPTS[name], random_model(name).float()
-    if name == "encoder_only":
-        model.output.bias[VOCABULARY.ids["four"]] += 20  # so that some answers are correct
-    loader = create_dataloaders(150, 3, 5, 0)[1]
-    loss, correct, labels, exact = 0.0, 0, 0, []
-    for item in loader.dataset:
-        batch = collate_fn([item])
-        logits, targets = script.logits_and_labels(model, batch)
-        for position, label in zip(logits[0], targets[0].tolist()):
-            if label != IGNORE_INDEX:
-                loss -= position.log_softmax(-1)[label].item()
-                correct += position.argmax().item() == label
-                labels += 1
-        exact.append(script.translate(model, [item["digits"]])[0] == item["words"])
-    result = script.evaluate(model, loader)
-    assert 0 < correct < labels
-    assert result["loss"] == pytest.approx(loss / labels, rel=1e-5)
-    assert result["accuracy"] == pytest.approx(correct / labels)
-    assert result["exact_match"] == pytest.approx(sum(exact) / len(exact))
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_the_learning_rate_follows_the_documented_curve(name):
-    """11 steps of decay from 1 to the last factor: half a cosine."""
-    factors = [SCRIPTS[name].lr_factor(step, 15, 4, 0.2) for step in range(18)]
-    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+def test_the_learning_rate_decays_by_half_a_cosine():
+    factors = [training.lr_factor(step, 15, 4, 0.2) for step in range(18)]
     for step in range(4, 15):
         cosine = math.cos(math.pi * (step - 4) / 10)
         assert factors[step] == pytest.approx(0.2 + 0.8 * (1 + cosine) / 2)
     assert factors[9] == pytest.approx(0.6) and factors[14:] == pytest.approx([0.2] * 4)
 
 
+def test_the_optimizer_uses_the_arguments_it_is_given():
+    model = new_model("decoder_only")
+    optimizer, scheduler = training.create_optimizer(model, 0.02, 50, 4, weight_decay=0.3)
+    (group,) = optimizer.param_groups
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert (group["initial_lr"], group["weight_decay"], group["betas"], group["eps"]) == (
+        0.02, 0.3, (0.9, 0.999), 1e-8)
+    assert {id(p) for p in group["params"]} == {id(p) for p in model.parameters()}
+    rates = []
+    for _ in range(50):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.02 * training.lr_factor(step, 50, 4) for step in range(50)])
+    optimizer, _ = training.create_optimizer(model, 0.02, 50, 4)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.01
+
+
+@pytest.mark.parametrize("warmup, total", [(4, 4), (9, 4), (0, 0)])
+def test_a_warmup_that_takes_all_steps_is_rejected(warmup, total):
+    with pytest.raises(InputError, match=f"WARMUP_STEPS={warmup} takes all of the {total} steps"):
+        training.create_optimizer(new_model("decoder_only"), 0.1, total, warmup)
+
+
+# --- Loss and loop --------------------------------------------------------------------
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_an_epoch_trains_in_training_mode(name):
-    model = MODELS[name](d_model=16, num_heads=2, num_layers=1).eval()
-    loader = create_dataloaders(100, 3, 32, 0)[0]
-    optimizer, scheduler = SCRIPTS[name].create_optimizer(model, 1e-3, 9, 2)
-    modes = []
+def test_the_loss_is_the_mean_over_the_labels_that_count(name):
+    script, model, batch = SCRIPTS[name], random_model(name), next(iter(small_loaders(16)[0]))
+    logits, labels = script.logits_and_labels(model, batch)
+    losses = [-position.log_softmax(-1)[label].item()
+              for row, row_labels in zip(logits, labels)
+              for position, label in zip(row, row_labels.tolist()) if label != IGNORE_INDEX]
+    assert script.compute_loss(model, batch).item() == pytest.approx(sum(losses) / len(losses))
+    # Words count, and <EOS> if it must be predicted. Digits do not.
+    assert len(losses) == sum(len(words) + (name != "encoder_only") for words in batch["words"])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_one_batch_can_be_memorized(name):
+    """The loss goes to 0 unless a residual is broken, a shift is wrong, or a weight is frozen."""
+    script, model = SCRIPTS[name], new_model(name, d_model=32, num_heads=2, num_layers=2, d_ff=64)
+    batch = next(iter(create_dataloaders(200, 4, 8, 0)[0]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    first = script.compute_loss(model, batch).item()
+    for _ in range(250 if name != "encoder_only" else 800):
+        loss = script.compute_loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert script.compute_loss(model.eval(), batch).item() < 0.1 < first
+    assert script.translate(model, batch["digits"]) == batch["words"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_epoch_equals_a_plain_training_loop(name):
+    """Each step uses the clipped gradient of its own batch, at the scheduled learning rate."""
+    script, models = SCRIPTS[name], [new_model(name), new_model(name)]
+    # SGD, because Adam divides by the gradient's size and makes a full step of rounding noise.
+    optimizer = torch.optim.SGD(models[0].parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: training.lr_factor(step, 30, 5))
+    torch.manual_seed(4)
+    mean = script.train_epoch(models[0].eval(), small_loaders()[0], optimizer, scheduler, 0.5)
+    torch.manual_seed(4)
+    losses, parameters = [], list(models[1].parameters())
+    for step, batch in enumerate(small_loaders()[0]):
+        losses.append(script.compute_loss(models[1].train(), batch))
+        gradients = torch.autograd.grad(losses[-1], parameters)
+        length = math.sqrt(sum((gradient.double() ** 2).sum().item() for gradient in gradients))
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients):
+                factor = training.lr_factor(step, 30, 5) * min(1.0, 0.5 / length)
+                parameter.sub_(0.1 * factor * gradient)
+    assert mean == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+    assert scheduler.last_epoch == len(losses) == 9
+    for a, b in zip(models[0].parameters(), parameters):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_epoch_uses_the_loss_function_it_is_given(name):
+    model, modes, (loader, _) = new_model(name).eval(), [], small_loaders()
+    optimizer, scheduler = training.create_optimizer(model, 1e-3, 10, 2)
 
     def loss(model, batch):
         modes.append(model.training)
-        return SCRIPTS[name].compute_loss(model, batch)
+        return len(modes) + 0 * model.output.weight.sum()
 
-    SCRIPTS[name].train_epoch(model, loader, optimizer, scheduler, 1.0, loss)
-    assert modes == [True] * len(loader)
-    assert optimizer.defaults["fused"]  # one kernel for all parameters
+    mean = SCRIPTS[name].train_epoch(model, loader, optimizer, scheduler, 1.0, loss)
+    assert mean == pytest.approx((len(loader) + 1) / 2) and modes == [True] * len(loader)
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_training_is_reproducible(name):
+    losses = []
+    for _ in range(2):
+        model, (loader, _) = new_model(name, dropout=0.1), small_loaders()
+        optimizer, scheduler = training.create_optimizer(model, 1e-3, 18, 4)
+        losses.append([SCRIPTS[name].train_epoch(model, loader, optimizer, scheduler, 1.0)
+                       for _ in range(2)])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_nan_loss_stops_training_with_step_and_hint(name):
+    model, (loader, _) = new_model(name), small_loaders()
+    optimizer, scheduler = training.create_optimizer(model, 1e-3, 100, 40)
+    train = functools.partial(SCRIPTS[name].train_epoch, model, loader, optimizer, scheduler, 1.0)
+    train()
+    model.embedding.weight.data[7] = math.nan
+    before = model.final_norm.weight.clone()
+    with pytest.raises(InputError, match=rf"nan at step {len(loader)}: try .*learning rate"):
+        train()
+    assert model.final_norm.weight.equal(before)
+    with pytest.raises(InputError, match="norm became inf"):
+        training.check_finite(math.inf, 3, "norm")
+
+
+# --- Scores ---------------------------------------------------------------------------
+@pytest.mark.parametrize("name", SCRIPTS)
 @torch.no_grad()
-def test_the_most_uncertain_prefix_is_found_by_brute_force():
-    model = random_model("decoder_only").float()
+def test_evaluation_returns_the_numbers_computed_by_hand(name):
+    """Sequence by sequence, with the loss and accuracy of each label."""
+    script, model = SCRIPTS[name], random_model(name)
+    loader, loss, correct, labels = create_dataloaders(900, 3, 5, 0)[1], 0.0, 0, 0
+    for item in loader.dataset:
+        logits, targets = script.logits_and_labels(model, collate_fn([item]))
+        for position, label in zip(logits[0], targets[0].tolist()):
+            if label != IGNORE_INDEX:
+                loss -= position.log_softmax(-1)[label].item()
+                correct += position.argmax().item() == label
+                labels += 1
+    result = script.evaluate(model, loader)
+    assert 0 < correct < labels
+    assert result["loss"] == pytest.approx(loss / labels)
+    assert result["accuracy"] == pytest.approx(correct / labels)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_exact_match_scores_the_output_of_translate(name, monkeypatch):
+    """A right beginning, a word too many, and no answer are mistakes. Mistakes come first."""
+    def translate(model, sequences):
+        written = []
+        for words in ([WORD_OF[d] for d in digits] for digits in sequences):
+            wrong = {"four": words[:-1], "seven": [*words, "<EOS>"], "two": [], "nine": words[::-1]}
+            written.append(wrong.get(words[-1], words))
+        return written
+
+    monkeypatch.setattr(SCRIPTS[name], "translate", translate)
+    loader = create_dataloaders(1000, 5, 10, 0)[1]
+    result = SCRIPTS[name].evaluate(new_model(name), loader)
+    rows = [(item["digits"], item["words"], translate(None, [item["digits"]])[0])
+            for item in loader.dataset]
+    verdicts = [expected == written for _, expected, written in result["examples"]]
+    assert sorted(result["examples"]) == sorted(rows) and verdicts == sorted(verdicts)
+    assert 0.5 < sum(verdicts) / len(rows) == result["exact_match"] < 0.8
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_evaluation_ignores_the_batch_size_and_changes_nothing(name):
+    model, results = random_model(name, dropout=0.5), []
+    before = torch.get_rng_state()
+    for batch_size in (3, 32):
+        loader = create_dataloaders(400, 5, batch_size, 0)[1]
+        results.append(SCRIPTS[name].evaluate(model.train(), loader))
+        assert len(results[-1].pop("examples")) == len(loader.dataset)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert results[0] == pytest.approx(results[1])
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_evaluation_mode_ends_with_its_block_even_after_an_error(mode):
+    model = torch.nn.Dropout().train(mode)
+    with pytest.raises(KeyError), training.evaluation_mode(model):
+        assert not model.training
+        raise KeyError
+    assert model.training == mode
+
+
+@pytest.mark.parametrize("confidence", [1, 30])
+@torch.no_grad()
+def test_the_most_uncertain_position_always_has_a_label(confidence):
+    """Found by brute force, also where every label is nearly certain."""
+    model, entropies = random_model("decoder_only"), {}
+    model.output.weight *= confidence
     loader = create_dataloaders(150, 3, 5, 0)[1]
-    entropies = {}
     for item in loader.dataset:
         row = item["source"] + [SEP] + item["target"]
         for end in range(len(item["source"]) + 1, len(row) + 1):
-            p = model(torch.tensor([row[:end]]))[0, -1].softmax(-1)
-            entropies[tuple(row[:end])] = -(p * p.log()).sum().item()
+            log_p = model(torch.tensor([row[:end]]))[0, -1].log_softmax(-1)
+            entropies[tuple(row[:end])] = -(log_p.exp() * log_p).sum().item()
     best = max(entropies, key=entropies.get)
-    found = SCRIPTS["decoder_only"].most_uncertain(model, loader)
-    assert found == VOCABULARY.decode(list(best))
+    assert SCRIPTS["decoder_only"].most_uncertain(model, loader) == VOCABULARY.decode(list(best))
 
 
-def test_timing_generates_with_and_without_the_cache(monkeypatch):
-    model, calls = random_model("decoder_only"), []
-    generate = model.generate
+# --- Fine-tuning ----------------------------------------------------------------------
+def test_half_the_rows_get_one_wrong_word_and_label_0():
+    corrupted, labels = encoder_only.corrupt_one_word(PAIRS, seeded())
+    changed = corrupted != PAIRS
+    assert torch.equal(changed.sum(1), 1 - labels)
+    assert labels.double().mean().item() == pytest.approx(0.5, abs=0.03)
+    words = set(VOCABULARY.encode(WORDS))
+    assert set(PAIRS[changed].tolist()) <= words == set(corrupted[changed].tolist())
+    counts = changed[::2].sum(0)[6:].double()  # every word position, equally often
+    assert (counts / counts.sum()).tolist() == pytest.approx([0.2] * 5, abs=0.04)
 
-    def record(prompts, count, use_cache=True, stop_at=2):
-        calls.append((count, use_cache, stop_at))
-        return generate(prompts, count, use_cache=use_cache, stop_at=stop_at)
 
-    model.generate = record
-    seconds = SCRIPTS["decoder_only"].time_generation(model, (3, 9), rounds=2)
-    assert calls[1:] == [(n, use_cache, None) for n in (3, 9) for use_cache in (True, False) * 2]
-    assert [len(seconds[use_cache]) for use_cache in (True, False)] == [2, 2]
-    assert all(0 < s < 60 for both in seconds.values() for s in both)
+def test_a_wrong_word_is_any_of_the_other_nine():
+    row = torch.tensor([VOCABULARY.encode("7 <SEP> seven")] * 600)
+    corrupted, labels = encoder_only.corrupt_one_word(row, seeded())
+    wrong = VOCABULARY.decode(sorted(set(corrupted[labels == 0][:, 2].tolist())))
+    assert wrong == [word for word in WORDS if word != "seven"]
+
+
+@torch.no_grad()
+def test_the_classifier_averages_real_tokens_only():
+    """So each row of a ragged batch is scored as if it were alone."""
+    classifier = encoder_only.MatchClassifier(random_model("encoder_only")).double().eval()
+    items = NumberTranslationDataset(40, 4, 0).items
+    alone = [classifier(collate_fn([item])["pair"]) for item in items]
+    rows = collate_fn(items)["pair"]
+    torch.testing.assert_close(classifier(rows), torch.cat(alone))
+    hidden = classifier.encoder.run_encoder(rows[-1:, rows[-1] != PAD])[0]
+    torch.testing.assert_close(classifier.head(hidden.mean(1)), alone[-1])
+
+
+@torch.no_grad()
+def test_the_classifier_is_scored_on_the_rows_that_its_seed_corrupts():
+    classifier = encoder_only.MatchClassifier(random_model("encoder_only")).double().eval()
+    loader, evaluate = create_dataloaders(400, 4, 7, 0)[1], encoder_only.evaluate_classifier
+    for seed in (0, 5):
+        generator, correct = seeded(seed), 0
+        for batch in loader:
+            tokens, labels = encoder_only.corrupt_one_word(batch["pair"], generator)
+            correct += (classifier(tokens).argmax(-1) == labels).sum().item()
+        score = evaluate(classifier, loader, seed)
+        assert 0 < score < 1 and score == correct / len(loader.dataset)
+        assert seed or score == evaluate(classifier, loader)
+
+
+def test_fine_tuning_trains_a_copy_and_returns_a_score_per_epoch():
+    encoder, loss = new_model("encoder_only"), encoder_only.classifier_loss
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    torch.manual_seed(2)
+    scores = encoder_only.fine_tune(encoder, *small_loaders(), 3, 1e-2, 5, 0.5)
+    assert all(before[key].equal(value) for key, value in encoder.state_dict().items())
+    torch.manual_seed(2)
+    classifier, (loader, held_out) = encoder_only.MatchClassifier(encoder), small_loaders()
+    optimizer, scheduler = training.create_optimizer(classifier, 1e-2, 3 * len(loader), 5)
+    for score in scores:
+        encoder_only.train_epoch(classifier, loader, optimizer, scheduler, 0.5, loss)
+        assert score == encoder_only.evaluate_classifier(classifier, held_out)
+    assert len(scores) == 3
+    assert not before["embedding.weight"].equal(classifier.encoder.embedding.weight)
+
+
+# --- Measuring ------------------------------------------------------------------------
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only the test moves: clock.now, in seconds."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_training_for_comparisons_equals_plain_steps(name, clock):
+    """Clipped steps at the scheduled rate, over several epochs. Watching does not count."""
+    script, watched = SCRIPTS[name], []
+    trained, plain = (new_model(name, dropout=0.1) for _ in range(2))
+
+    def watch(step, loss, seconds):
+        watched.append((step, loss, seconds))
+        clock.now += 1
+        trained.eval()  # as after an evaluation
+
+    trained.embedding.register_forward_pre_hook(lambda *_: setattr(clock, "now", clock.now + 0.25))
+    torch.manual_seed(3)
+    loader, per_step = small_loaders(100)[0], 0.5 if name == "encoder_decoder" else 0.25
+    assert training.train_for(script, trained, loader, 7, 0.01, 3, 0.3, watch) is trained
+    assert not trained.training and [step for step, *_ in watched] == [*range(1, 8)]
+    assert [seconds for *_, seconds in watched] == [step * per_step for step in range(1, 8)]
+    torch.manual_seed(3)
+    optimizer, scheduler = training.create_optimizer(plain, 0.01, 7, 3)
+    loader = small_loaders(100)[0]
+    for (_, expected, _), batch in zip(watched, [b for _ in range(3) for b in loader]):
+        loss = script.compute_loss(plain.train(), batch)
+        assert expected == pytest.approx(loss.item(), abs=1e-4)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.3)
+        optimizer.step()
+        scheduler.step()
+    for a, b in zip(trained.parameters(), plain.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    trained.embedding.weight.data[:] = math.nan
+    with pytest.raises(InputError, match="nan at step 1:"):
+        training.train_for(script, trained, loader, 7, 0.01, 3, 0.3)
+
+
+def test_strategies_are_scored_tried_20_times_and_timed(clock, capsys):
+    """One strategy is always right. The other writes four answers in turn, one of them right."""
+    digits = [[str(i // 10), str(i % 10)] for i in range(40)]
+    words = [[WORD_OF[d] for d in row] for row in digits]
+    seeds, turns = [], iter(range(10 ** 6))
+
+    def translate(model, sequences, temperature=0.0):
+        clock.now += (0.003 if temperature else 0.002) * len(sequences)
+        seeds.append(torch.initial_seed())
+        return [[*[WORD_OF[d] for d in row], *["one"] * (next(turns) % 4 if temperature else 0)]
+                for row in sequences]
+
+    training.show_strategies(translate, None, digits, words,
+                             {"greedy": {}, "sampled": {"temperature": 1.0}}, seed=8)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1:] == [["greedy", "100.0%", "1.0", "2.000"], ["sampled", "25.0%", "4.0", "3.000"]]
+    assert len(seeds) == 2 * (1 + 1 + 10) and set(seeds) == {8}
+
+
+def test_times_are_medians_after_a_warm_up(clock):
+    seconds = iter([100, 1, 2, 30, 4, 5])
+    run = lambda: setattr(clock, "now", clock.now + next(seconds))  # noqa: E731
+    assert training.median_milliseconds(run) == 4000
+
+
+def test_generation_is_timed_with_and_without_the_cache(clock):
+    class Model:
+        def generate(self, prompts, max_new_tokens, use_cache=True, stop_at=2):
+            assert stop_at is None  # so that every row has its full length
+            clock.now += max_new_tokens ** (1 if use_cache else 2)
+
+    seconds = training.time_generation(Model(), (3, 9))
+    assert {key: list(value) for key, value in seconds.items()} == {True: [3, 9], False: [9, 81]}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_passes_count_one_per_token_plus_the_encoder(name):
+    model = random_model(name)
+    run = functools.partial(SCRIPTS[name].translate, model, [["4", "0", "7"]])
+    tokens = min(len(run()[0]) + 1, 5)  # with <EOS>, unless the limit of 5 came first
+    passes = {"encoder_only": 1, "decoder_only": tokens, "encoder_decoder": 1 + tokens}[name]
+    assert [training.count_passes(model, run) for _ in range(2)] == [passes] * 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_by_component_match_the_formulas_and_the_total(name):
+    d, f, layers = 12, 20, 3
+    counts = training.parameters_by_component(new_model(name, num_layers=layers))
+    stacks = 2 if name == "encoder_decoder" else 1
+    cross, attention = stacks - 1, layers * 4 * (d * d + d)
+    assert counts == {"embedding (tied with output)": 26 * d, "self-attention": stacks * attention,
+                      "feed-forward": stacks * layers * (2 * d * f + f + d),
+                      "layer norms": (stacks * (2 * layers + 1) + cross * layers) * 2 * d,
+                      **({"cross-attention": attention} if cross else {}),
+                      **({"output bias": 26} if name == "encoder_only" else {})}
+    assert sum(counts.values()) == training.count_parameters(new_model(name, num_layers=layers))

@@ -15,8 +15,8 @@ Llama 2 70B, Llama 3, and Mistral use 8 key heads.
 
 Run it:     python variations/grouped_queries.py        (about 15 seconds on one CPU core)
 """
-from measure import (cache_bytes, count_parameters, evaluate_held_out, largest_difference, new_model,
-                     prepare, prove, prove_cache, replace_attention, train)
+from measure import (cache_bytes, count_parameters, evaluate_held_out, largest_difference,
+                     new_model, prepare, prove, prove_cache, replace_attention, train)
 import copy
 from types import SimpleNamespace
 

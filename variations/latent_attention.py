@@ -87,7 +87,8 @@ class LatentAttention(MultiHeadAttention):
         up_v = self.w_v.weight.view(self.num_heads, self.head_dim, -1)
         # subtle: the formula divides by the root of the last size, now R. It must stay sqrt(K).
         queries = queries @ up_k * (self.latent_dim / self.head_dim) ** 0.5  # (B, H, T, R)
-        averages, weights = self.attention_function(queries, latents, latents, mask, dropout)  # (B, H, T, R)
+        averages, weights = self.attention_function(queries, latents, latents, mask,
+                                                    dropout)  # (B, H, T, R)
         return averages @ up_v.transpose(1, 2), weights  # (B, H, T, K)
 
 

@@ -143,7 +143,8 @@ def prove_it():
     base, model = new_model(0).double(), build(DecoderOnlyTransformer, "relative", 0).double()
     base.positional_encoding.table.zero_()
     model.load_state_dict(base.state_dict(), strict=False)  # the base has no table of vectors
-    here, moved = (model.run_decoder(tokens, positions=torch.arange(7)[None] + n)[0] for n in (0, 50))
+    here, moved = (model.run_decoder(tokens, positions=torch.arange(7)[None] + n)[0]
+                   for n in (0, 50))
     prove("all positions moved by 50: nothing changes", largest_difference(here, moved))
     for layer in model.layers:
         layer.self_attention.table.zero_()
