@@ -70,8 +70,8 @@ NUM_THREADS = 1          # CPU threads
 
 
 # --- 1. Building blocks ---------------------------------------------------------------
-# KNOWN from encoder_only.py, except for what is marked NEW: the cache in MultiHeadAttention, and
-# positions in PositionalEncoding. Read these, then continue reading at `KeyValueCache`.
+# The other two architecture scripts have copies of them. What is marked NEW is missing in
+# encoder_only.py, which never generates token by token.
 def attention(queries, keys, values, mask=None, dropout=0.0):
     """Return softmax(q k^T / sqrt(K)) v and the weights (Vaswani et al. 2017, section 3.2).
 
@@ -251,8 +251,13 @@ def causal_mask(queries, keys, device=None):
 class DecoderLayer(nn.Module):
     """One GPT layer: causal self-attention, then a feed-forward network, each added to its input.
 
-    The same layer as EncoderLayer in encoder_only.py. Only the causal mask (made in `run_decoder`)
-    and the cache are new. GPT-2 introduced this place for the norms (Radford et al. 2019, 2.3).
+        x = x + attention(norm(x))
+        x = x + feed_forward(norm(x))
+
+    The residual connection `x +` lets a layer add to a token's vector instead of replacing it. It
+    also gives gradients a direct path: the derivative of x + f(x) is 1 + f'(x). LayerNorm gives
+    each token's vector mean 0 and variance 1, then applies a learned gain and shift, so that no
+    part depends on how large the sum has become. It comes before each part, as in GPT-2 (pre-norm).
     """
 
     def __init__(self, d_model, num_heads, d_ff, dropout=0.0):
@@ -342,7 +347,7 @@ class DecoderOnlyTransformer(BaseModel):
                                     for _ in range(num_layers))
         self.final_norm = nn.LayerNorm(d_model)  # pre-norm leaves the last sum unnormalized
         self.output = nn.Linear(d_model, vocab_size, bias=False)
-        # Tied weights: input and output share one matrix, as in encoder_only.py. A logit sums D
+        # Tied weights (Press and Wolf 2017): input and output share one matrix. A logit sums D
         # products of a normalized vector with these weights, so with std 0.02 its standard
         # deviation is sqrt(64) * 0.02 = 0.16, and the first loss is close to ln V = 3.26.
         # Try std=1.0: each token's own vector travels up the residuals, and times itself it gives
@@ -350,7 +355,8 @@ class DecoderOnlyTransformer(BaseModel):
         self.output.weight = self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=0.02)
         # At the input, entries of 0.02 are tiny next to those of the positions, 0.7. So they are
-        # multiplied by sqrt(D) = 8. Without this factor, training ends at 4-13% (SEED 0-2).
+        # multiplied by sqrt(D) = 8 (Vaswani et al. 2017, section 3.4). Without this factor,
+        # training ends at 4-13% (SEED 0-2).
         self.embedding_scale = math.sqrt(d_model)
 
     def positions_of(self, tokens):
@@ -458,7 +464,6 @@ def logits_and_labels(model, batch):
     return model(batch["pair"]), batch["pair_labels"]  # (B, T, V), (B, T)
 
 
-# KNOWN from encoder_only.py. Continue reading at `most_uncertain`.
 def compute_loss(model, batch, **options):
     """Return the mean of -log(probability of the label) in nats. A uniform guess: ln 26 = 3.26.
 

@@ -285,12 +285,14 @@ def best_candidates(sums, logits, width):
     """Extend each hypothesis by each token and return the best 2W candidates of each source.
 
     sums (B, W) of log-probabilities, logits (B*W, V) of the next token. Returns three tensors
-    (B, 2W): the new sums, best first; the parents, 0 to W - 1; and the new tokens. For W = 1 they
-    are (B, 1): with a second candidate, the search would go on after the greedy answer has ended.
+    (B, 2W): the new sums, best first; the parents, 0 to W - 1; and the new tokens. For W = 1, it
+    returns only the candidate that greedy generation takes, (B, 1).
     """
     log_p = torch.log_softmax(logits, -1).view(*sums.shape, -1)  # (B, W, V)
-    totals = (sums[:, :, None] + log_p).flatten(1)  # (B, W*V)
-    totals, index = totals.topk(2 * width if width > 1 else 1)
+    if width == 1:  # subtle: not by the sums, because rounding makes ties of different logits
+        token = logits.argmax(-1, keepdim=True)  # (B, 1)
+        return sums + log_p[:, 0].gather(1, token), torch.zeros_like(token), token
+    totals, index = (sums[:, :, None] + log_p).flatten(1).topk(2 * width)  # (B, 2W) each
     # In the example below, `b a` has index 3: parent 3 // 3 = 1, token 3 % 3 = 0.
     return totals, index // log_p.size(-1), index % log_p.size(-1)
 
@@ -535,7 +537,7 @@ def logits_and_labels(model, batch):
     return model(batch["source"], batch["decoder_input"], batch["source_mask"]), batch["labels"]
 
 
-# KNOWN from encoder_only.py. Continue reading at `record_beam_search`.
+# KNOWN from decoder_only.py. Continue reading at `record_beam_search`.
 def compute_loss(model, batch, **options):
     """Return the mean of -log(probability of the label) in nats. A uniform guess: ln 26 = 3.26.
 

@@ -81,41 +81,24 @@ NUM_THREADS = 1          # CPU threads
 # =====================================================================================
 
 
-# --- 1. Building blocks: attention first, because the rest serves it -------------------
+# --- 1. Building blocks ---------------------------------------------------------------
+# KNOWN from decoder_only.py, which explains them; here they have no cache. Continue reading at
+# `EncoderLayer`.
 def attention(queries, keys, values, mask=None, dropout=0.0):
     """Return softmax(q k^T / sqrt(K)) v and the weights (Vaswani et al. 2017, section 3.2).
 
     queries (B, H, T, K), keys and values (B, H, S, K); mask broadcasts to (B, H, T, S), True = may
-    attend. Each query is compared with each key, and the softmax turns a query's scores into
-    weights that sum to 1. The result is the weighted average of the values:
-
-        one query, three keys          scores  2.0  0.0  2.0   ->   weights  0.47  0.06  0.47
-        with the third key masked                                   weights  0.88  0.12  0.00
-
-    Why divide by sqrt(K)? q.k is a sum of K products. If the entries are independent with mean 0
-    and variance 1, the sum has variance K, so a typical size of sqrt(K). The softmax of such large
-    scores puts almost all weight on one key, and its gradient is almost 0 (attention_by_hand.py).
+    attend.
     """
     scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.size(-1))  # (B, H, T, S)
     if mask is not None:
-        # subtle: not -inf. A query that may attend to nothing (padding, in decoder_only.py) would
-        # become 0/0 = NaN. With the lowest finite number it gets an average that nothing uses.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, dim=-1)
     return F.dropout(weights, dropout) @ values, weights  # (B, H, T, K), (B, H, T, S)
 
 
 class MultiHeadAttention(nn.Module):
-    """Attention in H heads in parallel, each with its own K = D / H dimensions.
-
-    Queries are computed from x; keys and values are computed from memory, which is x itself in
-    self-attention and another sequence in cross-attention (encoder_decoder.py). A query describes
-    what a position looks for, a key what it offers, and a value the content that it passes on.
-
-    Why heads? The weights of one softmax sum to 1, so one head that attends to two tokens gets a
-    blend of both. Two heads can fetch each one separately, and w_o mixes what they found. Heads
-    cost nothing: H matrices of D x K have as many weights as one of D x D.
-    """
+    """Attention in H heads in parallel, each with its own K = D / H dimensions."""
 
     def __init__(self, d_model, num_heads, dropout=0.0):
         super().__init__()
@@ -129,14 +112,7 @@ class MultiHeadAttention(nn.Module):
         self.attention_function = attention  # train_all.py can use PyTorch's fused kernel instead
 
     def split_heads(self, x):
-        """(B, S, D) -> (B, H, S, K): split the D numbers of each token among H heads.
-
-            token 0   0 1 2 3      view, transpose    head 0  [0 1] [4 5]    head 1  [2 3] [6 7]
-            token 1   4 5 6 7      view(B, H, S, K)   head 0  [0 1] [2 3]    head 1  [4 5] [6 7]
-
-        subtle: the second way has the same shape, but its heads mix up the tokens: head 0 gets all
-        of token 0 and nothing of token 1.
-        """
+        """(B, S, D) -> (B, H, S, K): split the D numbers of each token among H heads."""
         return x.view(x.size(0), x.size(1), self.num_heads, self.head_dim).transpose(1, 2)
 
     def merge_heads(self, x):
@@ -154,18 +130,7 @@ class MultiHeadAttention(nn.Module):
 
 
 class PositionalEncoding(nn.Module):
-    """Adds to each token's vector a fixed vector that encodes the token's position.
-
-    Why? Attention is a sum over keys, and a sum ignores order: without positions, an encoder gives
-    `4 0 7` and `7 0 4` the same vectors in another order.
-
-        PE[pos, 2i]   = sin(pos / 10000^(2i/D))
-        PE[pos, 2i+1] = cos(pos / 10000^(2i/D))            Vaswani et al. 2017, section 3.5
-
-    Why waves? Read each pair (sine, cosine) as the hand of a clock. The first hand turns by one
-    radian per position, the last by about 1/10000 of that. Together they tell all positions apart,
-    no number exceeds 1, and "n positions further" is the same rotation everywhere.
-    """
+    """Adds to each token's vector a fixed vector that encodes the token's position."""
 
     def __init__(self, d_model, max_len):
         super().__init__()
@@ -183,12 +148,7 @@ class PositionalEncoding(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers, applied to each position separately (Vaswani et al. 2017, section 3.3).
-
-    What for? Attention only moves and averages what is there. This network computes something new
-    from what has arrived at a position. It needs the nonlinearity in the middle, because two linear
-    layers in a row equal one. GELU (Hendrycks and Gimpel 2016) is a smooth ReLU, max(0, x).
-    """
+    """Two linear layers, applied to each position separately (Vaswani et al. 2017, section 3.3)."""
 
     def __init__(self, d_model, d_ff, dropout=0.0):
         super().__init__()
@@ -204,14 +164,8 @@ class FeedForward(nn.Module):
 class EncoderLayer(nn.Module):
     """One encoder layer: self-attention, then a feed-forward network, each added to its input.
 
-        x = x + attention(norm(x))
-        x = x + feed_forward(norm(x))
-
-    The residual connection `x +` lets a layer add to a token's vector instead of replacing it. It
-    also gives gradients a direct path: the derivative of x + f(x) is 1 + f'(x). LayerNorm gives
-    each token's vector mean 0 and variance 1, then applies a learned gain and shift, so that no
-    part depends on how large the sum has become. Here it comes before each part (pre-norm, Xiong et
-    al. 2020).
+    Apart from the cache, it is the layer of decoder_only.py. What makes it an encoder is its mask:
+    only padding is masked, so every position may attend to those before and after it.
     """
 
     def __init__(self, d_model, num_heads, d_ff, dropout=0.0):
@@ -250,11 +204,8 @@ class EncoderOnlyTransformer(BaseModel):
                                     for _ in range(num_layers))
         self.final_norm = nn.LayerNorm(d_model)  # pre-norm leaves the last sum unnormalized
         self.output = nn.Linear(d_model, vocab_size)
-        # Tied weights (Press and Wolf 2017): input and output share one matrix, which saves V * D
-        # parameters. The output needs small weights: with std 0.02, the first loss is close to
-        # ln V = 3.26, that of a uniform guess. At the input, entries of 0.02 are tiny next to those
-        # of the positions, 0.7, so `run_encoder` multiplies them by sqrt(D) = 8 (Vaswani et al.
-        # 2017, section 3.4). Without this factor, training ends at 0.0-0.2% (SEED 0-2).
+        # Tied weights, small for the output and scaled for the input, as in decoder_only.py.
+        # (Without the factor sqrt(D), training ends at 0.0-0.2% exact match, SEED 0-2.)
         self.output.weight = self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.zeros_(self.output.bias)
@@ -375,6 +326,7 @@ def translate_back(model, sequences):
 
 
 # --- 5. Training ----------------------------------------------------------------------
+# KNOWN from decoder_only.py. Continue reading at `corrupt_one_word`.
 def compute_loss(model, batch, **options):
     """Return the mean of -log(probability of the label) in nats. A uniform guess: ln 26 = 3.26.
 

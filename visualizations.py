@@ -270,73 +270,60 @@ def draw_stack(axis, x, bottom, sublayers, shape):
     return y + 0.35
 
 
-def diagram_axis(width, height, figsize):
+def draw_tower(axis, x, tokens, sublayers, length):
+    """Draw one stack, from tokens to its last norm. Returns the next y. length: "S" or "T"."""
+    axis.text(x, 0.15, tokens, ha="center", fontsize=9, family="monospace")
+    arrow(axis, (x, 0.38), (x, 0.68), f"(B, {length}) ids")
+    box(axis, x, 0.98, "embedding * sqrt(D) + position", width=3.6)
+    arrow(axis, (x, 1.28), (x, 1.72), f"(B, {length}, D)")
+    top = draw_stack(axis, x, 1.75, sublayers, f"(B, {length}, D)")
+    box(axis, x, top + 0.3, "layer norm", SOFT["norm"])
+    arrow(axis, (x, top + 0.6), (x, top + 0.9))
+    return top + 0.9
+
+
+def draw_output(axis, x, y, predicts, length):
+    box(axis, x, y + 0.3, "output = embedding, transposed", width=3.6)
+    arrow(axis, (x, y + 0.6), (x, y + 0.95), f"(B, {length}, V) logits")
+    axis.text(x, y + 1.1, predicts, ha="center", fontsize=9, family="monospace")
+
+
+def diagram(width, height, figsize):
     figure, axis = plt.subplots(figsize=figsize)
-    axis.set(xlim=(0, width), ylim=(0, height))
+    axis.set(xlim=(0, width), ylim=(0, height), aspect="equal")
     axis.axis("off")
-    axis.set_aspect("equal")
     return figure, axis
 
 
-def draw_single(name, title, tokens, attention, predicts, length):
-    """Draw a model with one stack. `length` is the letter for its sequence length, S or T."""
-    figure, axis = diagram_axis(6.6, 8.6, (5.6, 7.4))
-    axis.text(3.3, 0.15, tokens, ha="center", fontsize=9, family="monospace")
-    arrow(axis, (3.3, 0.38), (3.3, 0.68), f"(B, {length}) ids")
-    box(axis, 3.3, 0.98, "embedding * sqrt(D) + position", width=3.6)
-    arrow(axis, (3.3, 1.28), (3.3, 1.72), f"(B, {length}, D)")
-    sublayers = [(attention, SOFT["attention"]), ("feed-forward", SOFT["ff"])]
-    top = draw_stack(axis, 3.3, 1.75, sublayers, f"(B, {length}, D)")
-    box(axis, 3.3, top + 0.3, "layer norm", SOFT["norm"])
-    arrow(axis, (3.3, top + 0.6), (3.3, top + 0.9))
-    box(axis, 3.3, top + 1.2, "output = embedding, transposed", width=3.6)
-    arrow(axis, (3.3, top + 1.5), (3.3, top + 1.85), f"(B, {length}, V) logits")
-    axis.text(3.3, top + 2.0, predicts, ha="center", fontsize=9, family="monospace")
-    save(figure, name, title)
-
-
-def architecture_encoder_only():
-    draw_single("architecture_encoder_only", "Encoder-only: all positions attend to all positions",
-                "4 0 7 <SEP> four <MASK> seven", "self-attention, padding mask",
-                "a prediction at each <MASK>: zero", "S")
-
-
-def architecture_decoder_only():
-    draw_single("architecture_decoder_only", "Decoder-only: the same layer, under a causal mask",
-                "4 0 7 <SEP> four zero", "causal self-attention", "the next token: seven", "T")
+def architecture_single():
+    for name, title, tokens, attention, predicts, length in (
+            ("encoder_only", "Encoder-only: all positions attend to all positions",
+             "4 0 7 <SEP> four <MASK> seven", "self-attention, padding mask",
+             "a prediction at each <MASK>: zero", "S"),
+            ("decoder_only", "Decoder-only: the same layer, under a causal mask",
+             "4 0 7 <SEP> four zero", "causal self-attention", "the next token: seven", "T")):
+        figure, axis = diagram(6.6, 8.6, (5.6, 7.4))
+        sublayers = [(attention, SOFT["attention"]), ("feed-forward", SOFT["ff"])]
+        top = draw_tower(axis, 3.3, tokens, sublayers, length)
+        draw_output(axis, 3.3, top, predicts, length)
+        save(figure, f"architecture_{name}", title)
 
 
 def architecture_encoder_decoder():
-    figure, axis = diagram_axis(10.8, 10.6, (8, 8.2))
-    for x, text in ((2.6, "4 0 7"), (8.2, "<SOS> four zero")):
-        axis.text(x, 0.15, text, ha="center", fontsize=9, family="monospace")
-        box(axis, x, 0.98, "embedding * sqrt(D) + position", width=3.6)
-    arrow(axis, (2.6, 0.38), (2.6, 0.68), "(B, S) ids")
-    arrow(axis, (8.2, 0.38), (8.2, 0.68), "(B, T) ids")
-    arrow(axis, (2.6, 1.28), (2.6, 1.72), "(B, S, D)")
-    arrow(axis, (8.2, 1.28), (8.2, 1.72), "(B, T, D)")
-    sublayers = [("self-attention, padding mask", SOFT["attention"]), ("feed-forward", SOFT["ff"])]
-    top = draw_stack(axis, 2.6, 1.75, sublayers, "(B, S, D)")
-    box(axis, 2.6, top + 0.3, "layer norm", SOFT["norm"])
-    memory = top + 0.95
-    arrow(axis, (2.6, top + 0.6), (2.6, memory - 0.12))
-    axis.text(2.6, memory + 0.02, "memory (B, S, D)", ha="center", fontsize=9)
-    sublayers = [("causal self-attention", SOFT["attention"]), ("cross-attention", SOFT["cross"]),
-                 ("feed-forward", SOFT["ff"])]
-    right_top = draw_stack(axis, 8.2, 1.75, sublayers, "(B, T, D)")
-    axis.plot([3.7, 5.4, 5.4], [memory + 0.1, memory + 0.1, 1.75 + 2.04 + 1.25], color=RED,
-              linewidth=1.6)
-    axis.add_patch(FancyArrowPatch((5.4, 1.75 + 2.04 + 1.25), (6.86, 1.75 + 2.04 + 1.25),
-                                   arrowstyle="-|>", mutation_scale=11, color=RED, linewidth=1.6,
-                                   shrinkA=0, shrinkB=0))
-    axis.text(4.4, memory + 0.3, "keys and values, for\nevery decoder layer", fontsize=8,
+    figure, axis = diagram(10.8, 10.6, (8, 8.2))
+    memory = draw_tower(axis, 2.6, "4 0 7", [
+        ("self-attention, padding mask", SOFT["attention"]), ("feed-forward", SOFT["ff"])], "S")
+    axis.text(2.6, memory + 0.07, "memory (B, S, D)", ha="center", fontsize=9)
+    top = draw_tower(axis, 8.2, "<SOS> four zero", [
+        ("causal self-attention", SOFT["attention"]), ("cross-attention", SOFT["cross"]),
+        ("feed-forward", SOFT["ff"])], "T")
+    draw_output(axis, 8.2, top, "the next token: seven", "T")
+    cross = 1.75 + 2.04 + 1.25  # the y of cross-attention
+    axis.plot([3.7, 5.4, 5.4], [memory + 0.15, memory + 0.15, cross], color=RED, linewidth=1.6)
+    axis.add_patch(FancyArrowPatch((5.4, cross), (6.86, cross), arrowstyle="-|>", color=RED,
+                                   mutation_scale=11, linewidth=1.6, shrinkA=0, shrinkB=0))
+    axis.text(4.4, memory + 0.35, "keys and values, for\nevery decoder layer", fontsize=8,
               ha="center", va="bottom", color=RED)
-    box(axis, 8.2, right_top + 0.3, "layer norm", SOFT["norm"])
-    arrow(axis, (8.2, right_top + 0.6), (8.2, right_top + 0.9))
-    box(axis, 8.2, right_top + 1.2, "output = embedding, transposed", width=3.6)
-    arrow(axis, (8.2, right_top + 1.5), (8.2, right_top + 1.85), "(B, T, V) logits")
-    axis.text(8.2, right_top + 2.0, "the next token: seven", ha="center", fontsize=9,
-              family="monospace")
     save(figure, "architecture_encoder_decoder",
          "Encoder-decoder: every decoder layer attends to the encoder's output")
 
@@ -431,13 +418,13 @@ def beam_search_tree(undertrained):
             places[tuple(ids)] = (step, y)
             on_best = ids == best[:len(ids)]
             x0, y0 = places[tuple(ids[:-1])]
-            axis.plot([x0 + 0.33, step - 0.33], [y0, y], color=RED if on_best else GRAY,
-                      linewidth=2 if on_best else 1, zorder=0)
+            axis.plot([x0, step], [y0, y], color=RED if on_best else GRAY,
+                      linewidth=2 if on_best else 1, zorder=0)  # the boxes cover its ends
             frame = {"boxstyle": "round", "facecolor": "#CDEBDF" if ended else "white",
                      "edgecolor": RED if on_best else "black", "linewidth": 1.8 if on_best else 0.8}
             axis.text(step, y, text, ha="center", va="center", fontsize=8, bbox=frame)
     deepest = max(len(candidates) for candidates in steps)
-    axis.set(xlim=(-0.5, len(steps) + 0.5), ylim=(0.4 - deepest, 1.6), xlabel="step", yticks=[])
+    axis.set(xlim=(-0.5, len(steps) + 0.5), ylim=(1.4 - deepest, 1.6), xlabel="step", yticks=[])
     axis.set_ylabel("candidates, best on top")
     axis.spines["left"].set_visible(False)
     verdict = "correct" if best == VOCABULARY.encode(words) + [EOS] else "wrong"
@@ -454,13 +441,14 @@ def learning_rate():
              for step in range(total + 60)]
     figure, axis = plt.subplots(figsize=(8, 3.2))
     axis.plot(rates, color=BLUE)
-    points = [(0, f"first step: {rates[0]:.0e}, not 0", 15, 0),
-              (warmup - 1, "peak, at the end of warmup", 15, 0.05 * peak),
-              (total - 1, f"last step and after: {low:.0e}", -50, 0.15 * peak)]
+    points = [(0, f"first step: {rates[0]:.0e}, not 0", 30, 0.12),
+              (warmup - 1, "peak, at the end of warmup", 15, 0.05),
+              (total - 1, f"last step and after: {low:.0e}", -50, 0.15)]
     for step, text, dx, dy in points:
+        axis.annotate(text, (step, rates[step]), (step + dx, rates[step] + dy * peak), fontsize=9,
+                      arrowprops={"arrowstyle": "-", "color": GRAY})
         axis.plot(step, rates[step], "o", color=RED)
-        axis.text(step + dx, rates[step] + dy, text, va="center", fontsize=9)
-    axis.set(xlabel="step", ylabel="learning rate", ylim=(0, 1.12 * peak))
+    axis.set(xlabel="step", ylabel="learning rate", ylim=(0, 1.15 * peak))
     save(figure, "learning_rate", "train_all.py: linear warmup, then cosine decay")
 
 
@@ -472,9 +460,8 @@ def curves_of_last_run():
             with open(RUNS / file, newline="", encoding="utf-8") as lines:
                 for row in csv.DictReader(lines):
                     point = int(row["step"]), float(row[column.replace(" ", "_")])
-                    int(sum(point))  # raises for NaN, infinite, and huge values
                     curves[row["architecture"]][column].append(point)
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, csv.Error):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return curves if all(points for both in curves.values() for points in both.values()) else None
 
@@ -487,11 +474,14 @@ def learning_curves(curves):
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6))
     for name, both in read.items():
         color, dashes = OF[name]
-        left.plot(*zip(*both["loss"]), color=color, linestyle=dashes, linewidth=1, label=name)
+        steps, losses = zip(*both["loss"])
+        means = [sum(losses[max(0, i - 9):i + 1]) / min(i + 1, 10) for i in range(len(losses))]
+        left.plot(steps, losses, color=color, linewidth=0.5, alpha=0.3)
+        left.plot(steps, means, color=color, linestyle=dashes, linewidth=1.5, label=name)
         steps, exact = zip(*both["exact match"])
         right.plot(steps, [100 * e for e in exact], color=color, linestyle=dashes, marker="o",
                    markersize=3, label=f"{name}, ends at {exact[-1]:.1%}")
-    left.set(xlabel="step", ylabel="training loss, nats per token", yscale="log")
+    left.set(xlabel="step", ylabel="training loss, mean of 10 steps", yscale="log")
     right.set(xlabel="step", ylabel="exact match in %", ylim=(-3, 103))
     right.legend(frameon=False, loc="lower right")
     figure.supxlabel(source, fontsize=8)
@@ -622,9 +612,9 @@ def draw_links(axis, title, inputs, outputs, allowed, weights, color):
                 axis.plot([s, t + len(inputs) - len(outputs)], [0.12, 0.88], color=color,
                           linewidth=6 * weights[t][s], alpha=0.8, solid_capstyle="round")
         axis.text(t + len(inputs) - len(outputs), 1, output, ha="center", va="center",
-                  fontsize=8.5 if "<" in output else 12)
+                  fontsize=7.5 if "<" in output else 11)
     for s, token in enumerate(inputs):
-        axis.text(s, 0, token, ha="center", va="center", fontsize=8.5 if "<" in token else 12)
+        axis.text(s, 0, token, ha="center", va="center", fontsize=7.5 if "<" in token else 11)
     axis.set(xlim=(-0.6, len(inputs) - 0.4), ylim=(-0.1, 1.08))
     axis.set_title(title, fontsize=14)
     axis.axis("off")
@@ -664,21 +654,16 @@ def three_models(models):
 
 def main():
     prepare(globals())
-    if not isinstance(SENTENCE, str) or not SENTENCE.split() \
+    if not isinstance(SENTENCE, str) or not 1 <= len(SENTENCE.split()) <= 20 \
             or not set(SENTENCE.split()) <= set(DIGITS):
-        raise InputError(f"SENTENCE={SENTENCE!r} must be digits separated by spaces: use '4 0 7'")
+        raise InputError(f"SENTENCE={SENTENCE!r} must be 1 to 20 digits separated by spaces: use "
+                         "'4 0 7'")
     train_all.check_run()  # a figure shows its learning rate
-    try:  # fails before any training
-        write_atomically(FIGURES / ".writable", b"")
-        (FIGURES / ".writable").unlink()
-    except OSError as error:
-        raise InputError(f"cannot write to figures/ ({error.strerror}): make the folder "
-                         "writable, or remove the file of that name") from error
-    models, origins, curves, undertrained = load_models()
     for draw in (positional_encoding_heatmap, positional_encoding_curves, positional_distance,
-                 masks, who_sees_whom, architecture_encoder_only, architecture_decoder_only,
-                 architecture_encoder_decoder, softmax_scaling, learning_rate, key_value_cache):
+                 masks, who_sees_whom, architecture_single, architecture_encoder_decoder,
+                 softmax_scaling, learning_rate, key_value_cache):
         draw()
+    models, origins, curves, undertrained = load_models()
     parameters(models)
     sampling_strategies(undertrained)
     beam_search_tree(undertrained)

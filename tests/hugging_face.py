@@ -22,40 +22,39 @@ def pegasus(model):
         encoder_layers=a["num_layers"], decoder_layers=a["num_layers"],
         encoder_attention_heads=a["num_heads"], decoder_attention_heads=a["num_heads"],
         encoder_ffn_dim=a["d_ff"], decoder_ffn_dim=a["d_ff"], activation_function="gelu",
-        dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, scale_embedding=True,
-        pad_token_id=PAD, eos_token_id=EOS, decoder_start_token_id=SOS, bos_token_id=SOS,
-        forced_eos_token_id=None, tie_word_embeddings=False))
+        scale_embedding=True, pad_token_id=PAD, bos_token_id=SOS, eos_token_id=EOS,
+        decoder_start_token_id=SOS, forced_eos_token_id=None, tie_word_embeddings=False))
     return theirs.to(model.embedding.weight).eval()
 
 
+def copy(*pairs):
+    for mine, other in pairs:
+        other.load_state_dict(mine.state_dict())
+
+
 def copy_attention(mine, other):
-    for name, layer in (("q_proj", mine.w_q), ("k_proj", mine.w_k), ("v_proj", mine.w_v),
-                        ("out_proj", mine.w_o)):
-        getattr(other, name).load_state_dict(layer.state_dict())
+    copy((mine.w_q, other.q_proj), (mine.w_k, other.k_proj), (mine.w_v, other.v_proj),
+         (mine.w_o, other.out_proj))
 
 
 @torch.no_grad()
 def copy_stack(model, layers, norm, stack):
     """Copy embeddings, layers, and the last norm into a stack (encoder or decoder) of Pegasus."""
-    stack.embed_tokens.weight.copy_(model.embedding.weight)
+    copy((model.embedding, stack.embed_tokens), (norm, stack.layer_norm))
     stack.embed_positions.weight.copy_(model.positional_encoding.table)
-    stack.layer_norm.load_state_dict(norm.state_dict())
     for mine, other in zip(layers, stack.layers):
         copy_attention(mine.self_attention, other.self_attn)
-        other.self_attn_layer_norm.load_state_dict(mine.norm1.state_dict())
-        other.fc1.load_state_dict(mine.feed_forward.up.state_dict())
-        other.fc2.load_state_dict(mine.feed_forward.down.state_dict())
-        other.final_layer_norm.load_state_dict(mine.norm2.state_dict())
+        copy((mine.norm1, other.self_attn_layer_norm), (mine.norm2, other.final_layer_norm),
+             (mine.feed_forward.up, other.fc1), (mine.feed_forward.down, other.fc2))
         if hasattr(mine, "cross_attention"):
             copy_attention(mine.cross_attention, other.encoder_attn)
-            other.encoder_attn_layer_norm.load_state_dict(mine.norm_cross.state_dict())
+            copy((mine.norm_cross, other.encoder_attn_layer_norm))
 
 
 def as_pegasus(model):
     """Return Pegasus with the weights of an EncoderDecoderTransformer."""
     theirs = pegasus(model)
-    theirs.model.shared.load_state_dict(model.embedding.state_dict())
-    theirs.lm_head.load_state_dict(model.output.state_dict())
+    copy((model.embedding, theirs.model.shared), (model.output, theirs.lm_head))
     copy_stack(model, model.encoder_layers, model.encoder_norm, theirs.model.encoder)
     copy_stack(model, model.decoder_layers, model.final_norm, theirs.model.decoder)
     return theirs
@@ -76,26 +75,24 @@ def as_gpt2(model):
         vocab_size=a["vocab_size"], n_positions=a["max_len"], n_embd=a["d_model"],
         n_layer=a["num_layers"], n_head=a["num_heads"], n_inner=a["d_ff"],
         activation_function="gelu",  # exact, as here; GPT-2 itself uses the tanh approximation
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=SOS, eos_token_id=EOS,
-        pad_token_id=PAD, tie_word_embeddings=False)).to(model.embedding.weight).eval()
+        pad_token_id=PAD, bos_token_id=SOS, eos_token_id=EOS, tie_word_embeddings=False))
+    theirs = theirs.to(model.embedding.weight).eval()
     body = theirs.transformer
     body.wte.weight.copy_(model.embedding.weight * model.embedding_scale)
     body.wpe.weight.copy_(model.positional_encoding.table)
-    body.ln_f.load_state_dict(model.final_norm.state_dict())
-    theirs.lm_head.load_state_dict(model.output.state_dict())
+    copy((model.final_norm, body.ln_f), (model.output, theirs.lm_head))
 
-    def copy(layers, other):  # Conv1D keeps its weight as (in, out)
+    def join(layers, other):  # Conv1D keeps its weight as (in, out)
         other.weight.copy_(torch.cat([layer.weight for layer in layers]).T)
         other.bias.copy_(torch.cat([layer.bias for layer in layers]))
 
     for mine, other in zip(model.layers, body.h):
         attention = mine.self_attention
-        copy([attention.w_q, attention.w_k, attention.w_v], other.attn.c_attn)
-        copy([attention.w_o], other.attn.c_proj)
-        copy([mine.feed_forward.up], other.mlp.c_fc)
-        copy([mine.feed_forward.down], other.mlp.c_proj)
-        other.ln_1.load_state_dict(mine.norm1.state_dict())
-        other.ln_2.load_state_dict(mine.norm2.state_dict())
+        join([attention.w_q, attention.w_k, attention.w_v], other.attn.c_attn)
+        join([attention.w_o], other.attn.c_proj)
+        join([mine.feed_forward.up], other.mlp.c_fc)
+        join([mine.feed_forward.down], other.mlp.c_proj)
+        copy((mine.norm1, other.ln_1), (mine.norm2, other.ln_2))
     return theirs
 
 

@@ -1,6 +1,6 @@
-"""Generation: cache and batch change no result; filters and beam search are correct."""
+"""Generation: cache, batch, and padding change no result, and every option does what it says."""
 
-import itertools
+import functools
 import math
 
 import pytest
@@ -8,550 +8,379 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import MODELS, SCRIPTS, random_model
-from encoder_decoder import best_candidates
-from toy_dataset import EOS, PAD, SOS
+from conftest import MODELS, SCRIPTS, logits_of, random_model, random_models
+from decoder_only import choose_next_token, filter_logits
+from housekeeping import InputError
+from toy_dataset import EOS, MASK, PAD, SEP, SOS, VOCABULARY, collate_fn, exact_match, make_item
+from training import count_passes
 
 WRITERS = ["decoder_only", "encoder_decoder"]
-PROMPTS = [[10, 6, 13, 4], [9, 4], [7, 7, 7, 7, 8, 15, 4], [6, 4]]
-logit_rows = st.lists(
-    st.lists(st.floats(-12, 12, width=32), min_size=5, max_size=5), min_size=1, max_size=4
-)
+PROMPTS = [[10, 6, 13, 4], [9, 4], [7, 7, 7, 7, 8, 15, 4], [6, 4], [22, 16, 4]]
+SEQUENCES = [["7"], ["4", "0", "7"], ["1", "2", "3", "4", "5"]]  # the first is the shortest
+GREEDY = [("decoder_only", {}), ("decoder_only", {"repetition_penalty": 1.7}),
+          ("encoder_decoder", {})]
+CHOICES = [*GREEDY, ("decoder_only", {"temperature": 0.8, "top_k": 9, "top_p": 0.9})]
 
 
-# --- generate -------------------------------------------------------------------------
-@pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.parametrize(
-    "options", [{}, {"repetition_penalty": 1.7}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9}]
-)
-@pytest.mark.parametrize("stop_at", [EOS, None])
-def test_cached_equals_uncached_for_prompts_of_unequal_length(name, options, stop_at):
-    distinct = set()
-    for seed in range(5):
-        torch.manual_seed(seed)
-        model = random_model(name)
-        written = [
-            model.generate(
-                PROMPTS,
-                20,
-                use_cache=use_cache,
-                stop_at=stop_at,
-                generator=torch.Generator().manual_seed(seed),
-                **options,
-            )
-            for use_cache in (True, False)
-        ]
-        assert written[0] == written[1]
-        distinct |= {tuple(row) for row in written[0]}
-    assert len(distinct) > 10  # the output depends on the prompts
+def seeded(number=0):
+    return torch.Generator().manual_seed(number)
 
 
-@pytest.mark.parametrize("name", WRITERS)
-@torch.no_grad()
-def test_decoding_in_pieces_with_a_cache_gives_the_same_vectors(name):
-    """This is stricter than equal tokens, which can hide slightly wrong vectors."""
-    model, tokens = random_model(name), torch.tensor([[10, 6, 13, 4, 20, 16], [9, 9, 4, 25, 2, 7]])
-    positions = torch.arange(6)[None]
-    if name == "decoder_only":
-        caches = [layer.self_attention.new_cache(2, 6) for layer in model.layers]
-
-        def run(start, end, caches=None):
-            return model.decode(tokens[:, start:end], None, positions[:, start:end], caches)[0]
-    else:
-        caches = model.new_caches(2, 6, 6)
-        memory, _ = model.encode(tokens)
-        mask = (tokens != PAD)[:, None, None]
-
-        def run(start, end, caches=None):
-            return model.decode(
-                tokens[:, start:end], memory, mask, positions[:, start:end], caches
-            )[0]
-
-    pieces = [run(start, end, caches) for start, end in ((0, 2), (2, 3), (3, 6))]
-    torch.testing.assert_close(torch.cat(pieces, 1), run(0, 6), atol=1e-10, rtol=0)
+def write(model, prompts, limit=20, **options):
+    """What the model generates. If it samples, then with the same random numbers in each call."""
+    sampling = {"generator": seeded()} if "temperature" in options else {}
+    return model.generate(prompts, limit, **sampling, **options)
 
 
-@pytest.mark.parametrize("name", WRITERS)
-@torch.no_grad()
-def test_positions_continue_after_the_cached_tokens(name):
-    """The caller passes no positions here."""
-    model, tokens = random_model(name), torch.tensor([[10, 6, 13, 4, 20]])
-    if name == "decoder_only":
-        caches = [layer.self_attention.new_cache(1, 5) for layer in model.layers]
-        parts = [model.decode(part, caches=caches)[0] for part in tokens.split([3, 1, 1], 1)]
-        expected, _ = model.decode(tokens)
-    else:
-        memory, caches = model.encode(tokens)[0], model.new_caches(1, 5, 5)
-        parts = [
-            model.decode(part, memory, None, caches=caches)[0]
-            for part in tokens.split([3, 1, 1], 1)
-        ]
-        expected, _ = model.decode(tokens, memory, None)
-    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-10, rtol=0)
+def decoder_layers(model):
+    return getattr(model, "layers", None) or model.decoder_layers
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_a_row_may_use_every_position_of_the_model(name):
-    model = random_model(name, max_len=9)
-    prompt, count = ([6, 7, 4], 7) if name == "decoder_only" else ([6] * 9, 9)
-    assert len(model.generate([prompt], count, stop_at=None)[0]) == count
-    with pytest.raises(ValueError, match="max_len=9"):
-        model.generate([prompt], count + 1, stop_at=None)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_beam_width_one_equals_greedy_even_where_rounding_makes_ties(dtype):
-    for seed in range(20):
-        torch.manual_seed(seed)
-        model = MODELS["encoder_decoder"](d_model=16, num_heads=2, num_layers=1).to(dtype).eval()
-        found = model.beam_search(PROMPTS, 1, 1.0, 12)
-        assert [hypotheses[0].tokens for hypotheses in found] == model.generate(PROMPTS, 12)
-
-
-def test_a_large_integer_length_penalty_does_not_overflow():
-    model = random_model("encoder_decoder", max_len=200)
-    assert len(model.beam_search([[6, 7]], 2, 10, 150)[0]) == 2
-
-
-@pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_generating_a_batch_equals_generating_each_row_alone(name, use_cache):
-    for seed in range(5):
-        torch.manual_seed(seed)
-        model = random_model(name)
-        together = model.generate(PROMPTS, 20, use_cache=use_cache)
-        assert together == [
-            model.generate([prompt], 20, use_cache=use_cache)[0] for prompt in PROMPTS
-        ]
-
-
-@pytest.mark.parametrize("name", WRITERS)
-@torch.no_grad()
-def test_greedy_takes_the_most_likely_token_at_each_step(name):
-    """Compared with a plain loop that runs the whole model on the whole row for each token."""
-    model = random_model(name)
-    for prompt in PROMPTS:
-        row = [SOS] if name == "encoder_decoder" else list(prompt)
-        start = len(row)
-        while len(row) - start < 12 and row[-1] != EOS:
-            tokens = torch.tensor([row])
-            logits = (
-                model(torch.tensor([prompt]), tokens)
-                if name == "encoder_decoder"
-                else model(tokens)
-            )
-            row.append(logits[0, -1].argmax().item())
-        assert model.generate([prompt], 12)[0] == row[start:]
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_a_row_ends_at_its_first_eos_or_the_limit(name):
-    stopped = 0
-    for seed in range(12):
-        torch.manual_seed(seed)
-        model = random_model(name)
-        for row in model.generate(
-            PROMPTS, 30, temperature=1.5, generator=torch.Generator().manual_seed(seed)
-        ):
-            assert 1 <= len(row) <= 30 and EOS not in row[:-1]
-            assert row[-1] == EOS or len(row) == 30
-            stopped += row[-1] == EOS
-    assert stopped > 5
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_generation_uses_no_dropout_and_restores_the_mode(name):
-    model = random_model(name, dropout=0.5).train()
-    assert model.generate(PROMPTS, 9) == model.generate(PROMPTS, 9)
-    assert model.training
-    with pytest.raises(ValueError):
-        model.generate(PROMPTS, 0)
-    model.output.forward = None  # as if a reader had broken it
-    with pytest.raises(TypeError):
-        model.generate(PROMPTS, 2)
-    del model.output.forward
-    assert model.training
-    model.eval().generate(PROMPTS, 2)
-    assert not model.training
-
-
-@pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        ({"temperature": -1.0}, "temperature=-1"),
-        ({"temperature": math.nan}, "temperature=nan"),
-        ({"top_k": 0}, "top_k=0"),
-        ({"top_k": 3}, "no effect at temperature=0"),
-        ({"top_p": 0.9}, "no effect at temperature=0"),
-        ({"top_p": 0.0}, "top_p=0"),
-        ({"top_p": 1.1}, "top_p=1.1"),
-        ({"top_p": math.nan}, "top_p=nan"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty=0"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"max_new_tokens": 100}, "max_len=64"),
-        ({"prompts": []}, "at least one"),
-        ({"prompts": [[6], []]}, "at least one"),
-        ({"prompts": [[6.0]]}, "6.0 is outside"),
-        ({"prompts": torch.tensor([[6]])}, "list of lists"),
-        ({"prompts": [[True]]}, "True is outside"),
-        ({"temperature": None}, "temperature=None"),
-        ({"prompts": [[6, 26]]}, "outside the vocabulary"),
-        ({"prompts": [[6, -2]]}, "outside the vocabulary"),
-        ({"prompts": [[PAD, PAD]]}, "only <PAD>"),
-        ({"prompts": [[6] * 65]}, "max_len=64"),
-    ],
-)
-def test_invalid_generation_settings_are_rejected_in_one_line(name, options, words):
-    arguments = {"max_new_tokens": 4, **options}
-    prompts = arguments.pop("prompts", PROMPTS)
-    with pytest.raises(ValueError, match=words) as error:
-        random_model(name).generate(prompts, **arguments)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_a_top_k_beyond_the_vocabulary_keeps_every_token(name):
-    model = random_model(name)
-    rows = [
-        model.generate(
-            PROMPTS, 9, temperature=1.0, top_k=top_k, generator=torch.Generator().manual_seed(0)
-        )
-        for top_k in (None, 26, 1000)
-    ]
-    assert rows[0] == rows[1] == rows[2]
-    assert model.generate(PROMPTS, 9, temperature=3.0, top_k=1) == model.generate(PROMPTS, 9)
-
-
-# --- the filters ----------------------------------------------------------------------
-@pytest.mark.parametrize("name", WRITERS)
-@given(rows=logit_rows, top_k=st.integers(1, 8))
-@settings(deadline=None)
-def test_top_k_keeps_exactly_the_k_most_likely_tokens(name, rows, top_k):
-    logits = torch.tensor(rows)
-    kept = SCRIPTS[name].filter_logits(logits, top_k=top_k) > -math.inf
-    assert (kept.sum(-1) == min(top_k, 5)).all()
-    for row, keep in zip(logits, kept):
-        if not keep.all():
-            assert row[keep].min() >= row[~keep].max() - 1e-5  # tied up to rounding
-
-
-@pytest.mark.parametrize("name", WRITERS)
-@given(rows=logit_rows, top_p=st.floats(0.01, 1.0))
-@settings(deadline=None)
-def test_top_p_keeps_the_smallest_set_that_reaches_p(name, rows, top_p):
-    logits = torch.tensor(rows).double()
-    kept = SCRIPTS[name].filter_logits(logits, top_p=top_p) > -math.inf
-    for row, keep in zip(logits.softmax(-1), kept):
-        assert keep.any()
-        assert row[keep].sum() >= top_p - 1e-9  # the tokens kept reach p,
-        if top_p < 1 and keep.sum() > 1:
-            assert (
-                row[keep].sum() - row[keep].min() < top_p + 1e-9
-            )  # but not without the last of them
-        if not keep.all():
-            assert row[keep].min() >= row[~keep].max() - 1e-5  # tied up to rounding
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_the_token_that_crosses_p_stays(name):
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).double().log()
-    kept = {
-        p: (SCRIPTS[name].filter_logits(logits, top_p=p) > -math.inf).sum().item()
-        for p in (0.4, 0.7, 0.9, 1.0)
-    }
-    assert kept == {0.4: 1, 0.7: 2, 0.9: 3, 1.0: 4}
-
-
-@pytest.mark.parametrize("name", WRITERS)
-@given(rows=logit_rows, temperature=st.floats(0.05, 20))
-@settings(deadline=None)
-def test_temperature_divides_the_logits(name, rows, temperature):
-    logits = torch.tensor(rows).double()
-    out = SCRIPTS[name].filter_logits(logits, temperature)
-    torch.testing.assert_close(out.softmax(-1), (logits / temperature).softmax(-1))
-
-
-@pytest.mark.parametrize("name", WRITERS)
-@given(
-    rows=logit_rows,
-    temperature=st.floats(1e-30, 1e30),
-    top_k=st.none() | st.integers(1, 9),
-    top_p=st.none() | st.floats(1e-6, 1.0),
-)
-@settings(deadline=None)
-def test_filtered_logits_are_always_a_valid_distribution(name, rows, temperature, top_k, top_p):
-    probabilities = (
-        SCRIPTS[name].filter_logits(torch.tensor(rows), temperature, top_k, top_p).softmax(-1)
-    )
-    assert torch.isfinite(probabilities).all()
-    torch.testing.assert_close(probabilities.sum(-1), torch.ones(len(rows)))
-
-
-@pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.parametrize("temperature", [0, 0.0, 1e-320, -1.0])
-def test_a_temperature_that_leaves_no_distribution_is_rejected(name, temperature):
-    with pytest.raises(ValueError, match="temperature="):
-        SCRIPTS[name].filter_logits(torch.randn(2, 5), temperature)
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_sampling_follows_the_filtered_distribution(name):
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4000, 4)
-    drawn = SCRIPTS[name].choose_next_token(
-        logits,
-        torch.empty(4000, 0, dtype=torch.long),
-        temperature=1.0,
-        top_k=2,
-        generator=torch.Generator().manual_seed(0),
-    )
-    counts = torch.bincount(drawn, minlength=4) / 4000
-    assert counts[2:].sum() == 0
-    assert counts[0].item() == pytest.approx(0.625, abs=0.03)
-
-
-@pytest.mark.parametrize("name", WRITERS)
-@given(rows=logit_rows, penalty=st.floats(1.01, 5.0))
-@settings(deadline=None)
-def test_a_repetition_penalty_lowers_only_tokens_already_written(name, rows, penalty):
-    written = torch.tensor([[1, 3, 3]] * len(rows))
-    choose = SCRIPTS[name].choose_next_token
-    for logits in (
-        torch.tensor(rows),
-        torch.tensor(rows) - 15,
-        torch.tensor(rows) + 15,
-    ):  # mixed signs, all negative, all positive
-        expected = logits.clone()
-        for t in (1, 3):
-            column = logits[:, t]
-            expected[:, t] = torch.where(column > 0, column / penalty, column * penalty)
-            assert (expected[:, t] <= column).all()
-        assert torch.equal(choose(logits, written, repetition_penalty=penalty), expected.argmax(-1))
-        assert torch.equal(choose(logits, written), logits.argmax(-1))
-
-
-# --- beam search ----------------------------------------------------------------------
-def beam_model(seed, vocab_size=5):
-    torch.manual_seed(seed)
-    model = (
-        MODELS["encoder_decoder"](
-            vocab_size=vocab_size, d_model=8, num_heads=2, num_layers=1, d_ff=16
-        )
-        .double()
-        .eval()
-    )
+def fixed_model(name, logits):
+    """A model that predicts these logits (V,) at every position, whatever its input."""
+    model = random_model(name, vocab_size=len(logits), d_model=2, num_heads=1, num_layers=1)
     with torch.no_grad():
-        model.embedding.weight.normal_(std=0.9)
-        model.output.weight = torch.nn.Parameter(torch.randn_like(model.embedding.weight))
+        model.final_norm.weight.zero_()
+        model.final_norm.bias.copy_(torch.tensor([1.0, 0.0]))
+        model.output.weight[:, 0] = logits
     return model
 
 
+# --- cache, batch, and padding change nothing -----------------------------------------
+@pytest.mark.parametrize("name, options", CHOICES)
+def test_generation_with_a_cache_equals_generation_without(name, options):
+    distinct = set()
+    for model in random_models(name):
+        cached = write(model, PROMPTS, **options)
+        assert cached == write(model, PROMPTS, use_cache=False, **options)
+        distinct |= {tuple(row[:3]) for row in cached}
+    assert len(distinct) >= 12  # the answers depend on the prompts
+
+
+@pytest.mark.parametrize("name, options", GREEDY)
+def test_generating_a_batch_equals_generating_its_rows(name, options):
+    for model in random_models(name):
+        alone = [write(model, [prompt], **options)[0] for prompt in PROMPTS]
+        assert write(model, PROMPTS, **options) == alone
+
+
+@pytest.mark.parametrize("name, options", GREEDY)
 @torch.no_grad()
-def log_probability(model, source, tokens):
-    logits = model(torch.tensor([source]), torch.tensor([[SOS] + tokens[:-1]]))[0]
-    return logits.log_softmax(-1)[range(len(tokens)), tokens].sum().item()
-
-
-def all_answers(vocab_size, limit):
-    """Every sequence that ends with <EOS>, and every sequence that is cut off at the limit."""
-    others = [t for t in range(vocab_size) if t != EOS]
-    for length in range(1, limit + 1):
-        for beginning in itertools.product(others, repeat=length - 1):
-            yield list(beginning) + [EOS]
-    for whole in itertools.product(others, repeat=limit):
-        yield list(whole)
-
-
-@pytest.mark.parametrize("length_penalty", [0.0, 0.6, 1.0, 2.0])
-def test_a_beam_as_wide_as_the_tree_equals_exhaustive_search(length_penalty):
-    limit, sources, lengths = 4, [[3, 4, 1], [4]], set()
-    for seed in range(6):
-        model = beam_model(seed)
-        found = model.beam_search(sources, 5**limit, length_penalty, limit)
-        for source, hypotheses in zip(sources, found):
-            scored = {tuple(a): log_probability(model, source, a) for a in all_answers(5, limit)}
-            best = max(scored, key=lambda a: scored[a] / len(a) ** length_penalty)
-            assert tuple(hypotheses[0].tokens) == best
-            assert hypotheses[0].score == pytest.approx(
-                scored[best] / len(best) ** length_penalty, abs=1e-9
-            )
-            lengths.add(len(best))
-            assert [h.score for h in hypotheses] == sorted(
-                (h.score for h in hypotheses), reverse=True
-            )
-            for h in hypotheses:  # each hypothesis has its own numbers
-                assert h.log_probability == pytest.approx(scored[tuple(h.tokens)], abs=1e-9)
-                assert h.score == pytest.approx(
-                    h.log_probability / len(h.tokens) ** length_penalty, abs=1e-9
-                )
-    assert len(lengths) > 1 or length_penalty == 2.0  # the answers are not all of one length
-
-
-@pytest.mark.parametrize("length_penalty", [0.0, 0.6, 1.0, 2.0])
-def test_beam_width_one_equals_greedy(length_penalty):
-    for seed in range(10):
-        torch.manual_seed(seed)
-        model = random_model("encoder_decoder")
-        found = model.beam_search(PROMPTS, 1, length_penalty, 15)
-        assert [f[0].tokens for f in found] == model.generate(PROMPTS, 15)
-        assert [len(f) for f in found] == [1] * len(PROMPTS)
-
-
-def test_beam_search_uses_no_dropout_and_restores_the_mode():
-    model = random_model("encoder_decoder", dropout=0.5).train()
-    found = model.beam_search(PROMPTS, 3, max_new_tokens=6)
-    assert model.training
-    assert found == model.eval().beam_search(PROMPTS, 3, max_new_tokens=6)
+def test_generation_equals_a_plain_loop_over_whole_rows(name, options):
+    """Each step takes the most likely token, after the penalty for the tokens written so far."""
+    penalty = options.get("repetition_penalty", 1.0)
+    for model in random_models(name, 3):
+        for prompt, written in zip(PROMPTS, write(model, PROMPTS, 12, **options)):
+            row = []
+            while len(row) < 12 and EOS not in row:
+                source = prompt + row if name == "decoder_only" else prompt
+                inputs = torch.tensor([source]), torch.tensor([[SOS, *row]])
+                logits = logits_of(model, *inputs)[0, -1]
+                for t in set(row):
+                    logits[t] = logits[t] / penalty if logits[t] > 0 else logits[t] * penalty
+                row.append(logits.argmax().item())
+            assert written == row
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_repetition_penalty_ignores_the_prompt(name, monkeypatch):
-    script, seen = SCRIPTS[name], []
-    choose = script.choose_next_token
-
-    def record(logits, written, *rest):
-        seen.append(written.size(1))
-        return choose(logits, written, *rest)
-
-    monkeypatch.setattr(script, "choose_next_token", record)
-    random_model(name).generate([[10, 6, 13, 5], [9, 5]], 4, repetition_penalty=1.5, stop_at=None)
-    assert seen == [0, 1, 2, 3]
-
-
-def test_beam_search_on_a_batch_equals_its_rows():
-    for seed in range(6):
-        torch.manual_seed(seed)
-        model = random_model("encoder_decoder")
-        together = model.beam_search(PROMPTS, 4, 0.8, 12)
-        for prompt, hypotheses in zip(PROMPTS, together):
-            alone = model.beam_search([prompt], 4, 0.8, 12)[0]
-            assert [h.tokens for h in hypotheses] == [h.tokens for h in alone]
-            assert [h.score for h in hypotheses] == pytest.approx(
-                [h.score for h in alone], abs=1e-9
-            )
-
-
-def test_beam_search_scores_are_those_without_a_cache():
-    model = random_model("encoder_decoder")
-    for source, hypotheses in zip(PROMPTS, model.beam_search(PROMPTS, 5, 1.0, 10)):
-        for h in hypotheses:
-            assert h.log_probability == pytest.approx(
-                log_probability(model, source, h.tokens), abs=1e-9
-            )
-
-
-def test_a_wider_beam_sometimes_finds_better_answers():
-    better = 0
-    for seed in range(10):
-        torch.manual_seed(seed)
-        model = random_model("encoder_decoder")
-        narrow, wide = (model.beam_search(PROMPTS, width, 0.0, 10) for width in (1, 8))
-        better += sum(w[0].score > n[0].score + 1e-9 for n, w in zip(narrow, wide))
-    assert better > 5
+@pytest.mark.parametrize("positions", [torch.arange(6)[None], None])
+@torch.no_grad()
+def test_decoding_in_pieces_with_a_cache_gives_the_same_vectors(name, positions):
+    """This is stricter than equal tokens, which can hide slightly wrong vectors."""
+    tokens = torch.tensor([[10, 6, 13, 4, 20, 16], [9, 9, 4, 25, 2, 7], [4, 22, 8, 2, 5, 11]])
+    for model in random_models(name, 2):
+        if name == "decoder_only":
+            run, caches = model.run_decoder, [y.self_attention.new_cache(3, 6)
+                                              for y in model.layers]
+        else:
+            memory, mask = model.read([[10, 6, 13, 15, 8], [9], [7, 8]])
+            run = functools.partial(model.run_decoder, memory=memory, memory_mask=mask)
+            caches = model.new_caches(3, 6, 5)
+        pieces = [run(tokens[:, a:b], caches=caches,
+                      positions=positions if positions is None else positions[:, a:b])[0]
+                  for a, b in ((0, 2), (2, 3), (3, 6))]
+        torch.testing.assert_close(torch.cat(pieces, 1), run(tokens)[0], atol=1e-9, rtol=0)
 
 
 @torch.no_grad()
-def plain_beam_search(model, source, width, penalty, limit):
-    """Beam search in plain Python, without a cache. Returns the best score that it finds.
-
-    Of the best 2W candidates, those that end are finished, and the best W of the others stay.
-    """
-    hypotheses, finished = [(0.0, [SOS])], []
-    for length in range(1, limit + 1):
-        candidates = []
-        for total, tokens in hypotheses:
-            log_p = model(torch.tensor([source]), torch.tensor([tokens]))[0, -1].log_softmax(-1)
-            candidates += [(total + p, tokens + [t]) for t, p in enumerate(log_p.tolist())]
-        candidates = sorted(candidates, reverse=True)[: 2 * width]
-        finished += [
-            total / length**penalty
-            for total, tokens in candidates
-            if tokens[-1] == EOS or length == limit
-        ]
-        hypotheses = [c for c in candidates if c[1][-1] != EOS][:width]
-    return max(finished)
+def test_left_padding_cannot_change_a_real_position():
+    longest = max(map(len, PROMPTS))
+    tokens = torch.tensor([[PAD] * (longest - len(row)) + row for row in PROMPTS])
+    for model in random_models("decoder_only", 2):
+        hidden, weights = model.run_decoder(tokens, (tokens != PAD)[:, None, None])
+        for row, vectors, seen in zip(PROMPTS, hidden, weights[-1]):
+            alone = model.run_decoder(torch.tensor([row]))[0][0]
+            torch.testing.assert_close(vectors[-len(row):], alone, atol=1e-9, rtol=0)
+            assert not seen[:, -len(row):, :-len(row)].any()  # nothing attends to padding
 
 
-@pytest.mark.parametrize("width, penalty", [(2, 1.0), (3, 0.0), (4, 0.7), (5, 1.5)])
-def test_beam_search_matches_a_plain_python_beam_search(width, penalty):
-    for seed in range(4):
-        model = beam_model(seed, vocab_size=8)
-        sources = [[3, 4, 6, 5], [7, 7], [6]]
-        found = model.beam_search(sources, width, penalty, 7)
-        for source, hypotheses in zip(sources, found):
-            assert hypotheses[0].score == pytest.approx(
-                plain_beam_search(model, source, width, penalty, 7), abs=1e-9
-            )
+def test_positions_are_counted_from_the_first_real_token():
+    tokens = torch.tensor([[PAD, PAD, 9, 4, 25], [10, 6, 13, 4, PAD], [PAD, 7, PAD, 4, 2]])
+    assert random_model("decoder_only").positions_of(tokens).tolist() == [
+        [0, 0, 0, 1, 2], [0, 1, 2, 3, 4], [0, 0, 1, 2, 3]]
+    assert random_model("encoder_decoder").positions_of(tokens).tolist() == [[0, 1, 2, 3, 4]]
 
 
-def test_best_candidates_reproduce_the_example_in_the_comment():
-    """Step 2 of the example before `beam_search`, with a = 0, b = 1, and <EOS> = 2."""
-    log_p = torch.tensor([[-1.1, -1.2, -1.0], [-0.1, -2.9, -3.2]])
-    sums, parent, token = best_candidates(torch.tensor([[-0.5, -1.2]]), log_p, 2)
-    expected = torch.tensor([[-1.3, -1.5, -1.6, -1.7]])
-    torch.testing.assert_close(sums, expected, atol=0.01, rtol=0)
-    assert parent.tolist() == [[1, 0, 0, 0]] and token.tolist() == [[0, 2, 0, 1]]
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_cache_saves_work(name):
+    """Counts the tokens whose keys are computed in each step."""
+    for use_cache in (True, False):
+        model, keys, memory_keys = random_model(name), [], []
+
+        def count(attention, sizes):
+            attention.w_k.register_forward_pre_hook(lambda _, x: sizes.append(x[0].size(1)))
+
+        count(decoder_layers(model)[-1].self_attention, keys)
+        if name == "encoder_decoder":
+            count(model.decoder_layers[-1].cross_attention, memory_keys)
+        model.generate([[6, 7, 4]], 5, use_cache=use_cache, stop_at=None)
+        first = 3 if name == "decoder_only" else 1
+        assert keys == ([first, 1, 1, 1, 1] if use_cache else [*range(first, first + 5)])
+        if name == "encoder_decoder":  # the source is read once
+            assert memory_keys == ([3, 0, 0, 0, 0] if use_cache else [3] * 5)
 
 
-def test_beam_search_stops_when_no_live_beam_can_win():
-    """A model that is almost certain of <EOS> needs one step, although 30 are allowed."""
-    model = random_model("encoder_decoder")
-    with torch.no_grad():
-        model.final_norm.weight.zero_()
-        model.final_norm.bias.copy_(50 * model.output.weight[EOS])
-    trace = []
-    found = model.beam_search([[6, 7]], 3, 0.0, 30, trace)[0]
-    assert found[0].tokens == [EOS] and len(trace) == 1
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_row_may_use_every_position_but_no_more(name):
+    model = random_model(name, max_len=9)
+    prompt, count = ([6, 7, 4], 7) if name == "decoder_only" else ([6] * 9, 9)
+    assert len(model.generate([prompt], count, stop_at=None)[0]) == count
+    with pytest.raises(InputError, match="max_len=9"):
+        model.generate([prompt], count + 1, stop_at=None)
 
 
-def test_a_very_wide_beam_finds_every_answer_once():
-    found = beam_model(0).beam_search([[3, 4]], 1000, 1.0, 2)[0]
-    assert (
-        len(found) <= 21
-    )  # <EOS> alone, and 4 * 5 answers of length two: all that exist, each once
-    assert len({tuple(h.tokens) for h in found}) == len(found)
+# --- where answers end ----------------------------------------------------------------
+@pytest.mark.parametrize("name, options", CHOICES)
+def test_every_sequence_stops_at_its_own_stop_token(name, options):
+    lengths = set()
+    for model in random_models(name):
+        whole = write(model, PROMPTS, stop_at=None, **options)
+        assert {len(row) for row in whole} == {20}  # without a stop token, exactly the limit
+        for stop in (EOS, 20):
+            rows = write(model, PROMPTS, stop_at=stop, **options)
+            assert rows == [row[:row.index(stop) + 1] if stop in row else row for row in whole]
+            lengths |= {len(row) for row in rows}
+    assert len(lengths) > 5
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        ({"beam_width": 0}, "beam_width=0"),
-        ({"length_penalty": -1.0}, "length_penalty=-1"),
-        ({"length_penalty": math.nan}, "length_penalty=nan"),
-        ({"beam_width": 10**7}, "beam_width=10000000"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"max_new_tokens": 65}, "max_len=64"),
-        ({"sources": []}, "at least one"),
-        ({"sources": [[]]}, "at least one"),
-        ({"sources": [[99]]}, "outside the vocabulary"),
-    ],
-)
-def test_invalid_beam_settings_are_rejected(options, words):
-    sources = options.pop("sources", PROMPTS) if "sources" in options else PROMPTS
-    with pytest.raises(ValueError, match=words):
-        random_model("encoder_decoder").beam_search(sources, **options)
+@pytest.mark.parametrize("name", WRITERS)
+def test_generation_ends_as_soon_as_all_have_ended(name):
+    lengths = set()
+    for model in random_models(name, 12, ends=3.0):
+        rows = model.generate(PROMPTS[:2], 25)
+        steps = count_passes(model, lambda model=model: model.generate(PROMPTS[:2], 25))
+        assert steps == max(map(len, rows)) + (name == "encoder_decoder")  # and the encoder's pass
+        lengths.add(max(map(len, rows)))
+    assert len(lengths) > 2
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_translate_rejects_empty_and_malformed_input(name):
-    model = random_model(name)
-    for nothing in ([], [[]], [["4"], []], ["4 0 7"], [[4, 0, 7]], None, "4 0 7"):
-        with pytest.raises(ValueError, match="cannot be translated: give a list of lists"):
-            SCRIPTS[name].translate(model, nothing)
-    assert (
-        len(SCRIPTS[name].translate(model, [["4", "x"], ["7"]])) == 2
-    )  # an unknown token is read as <UNK>
+@torch.no_grad()
+def test_an_answer_that_goes_on_after_a_right_beginning_is_wrong(name, monkeypatch):
+    script, four = SCRIPTS[name], VOCABULARY.ids["four"]
+    model = fixed_model(name, 9.0 * torch.eye(26)[four]).float()  # it says `four` without end
+    items = [make_item(["4"]), make_item(["4", "4"])]
+    expected = [item["words"] for item in items]
+    if name in WRITERS:
+        assert script.translate(model, [["4"], ["4", "4"]]) == [["four"] * 4] * 2
+    else:  # it cannot go on, because its length is given
+        assert script.translate(model, [["4"], ["4", "4"]]) == expected
+    assert script.evaluate(model, [collate_fn(items)])["exact_match"] == (name not in WRITERS)
+    for written, share in ((expected, 1.0), ([row + ["four"] for row in expected], 0.0),
+                           ([row[:-1] for row in expected], 0.0),
+                           ([["four"], ["four"] * 3], 0.5)):
+        monkeypatch.setattr(script, "translate", lambda model, rows, written=written: written)
+        assert script.evaluate(model, [collate_fn(items)])["exact_match"] == share
+        assert exact_match(written, expected) == share
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_generation_ends_as_soon_as_every_row_has_ended(name):
-    for seed in range(8):
-        torch.manual_seed(seed)
-        model, steps = random_model(name), []
-        with torch.no_grad():
-            model.output.weight[EOS] *= 2
-        rows = model.generate(PROMPTS, 25)
-        layers = getattr(model, "layers", None) or model.decoder_layers
-        layers[0].register_forward_pre_hook(lambda *_, steps=steps: steps.append(1))
-        assert model.generate(PROMPTS, 25) == rows
-        assert len(steps) == max(map(len, rows))
+# --- choosing a token -----------------------------------------------------------------
+@pytest.mark.parametrize("probabilities, options, kept", [
+    ([0.15, 0.5, 0.05, 0.3], {"top_k": 2}, {1, 3}),
+    ([0.15, 0.5, 0.05, 0.3], {"top_k": 9}, {0, 1, 2, 3}),
+    ([0.25, 0.25, 0.25, 0.25], {"top_k": 3, "temperature": 2.0}, 3),  # tied: exactly three
+    ([0.15, 0.5, 0.05, 0.3], {"top_p": 0.4}, {1}),
+    ([0.15, 0.5, 0.05, 0.3], {"top_p": 0.7}, {1, 3}),  # the token that crosses p stays
+    ([0.15, 0.5, 0.05, 0.3], {"top_p": 0.9}, {0, 1, 3}),
+    ([0.15, 0.5, 0.05, 0.3], {"top_p": 1.0}, {0, 1, 2, 3}),
+    ([0.25, 0.5, 0.25], {"top_p": 0.5}, {1}),  # exactly reached
+    # Temperature acts before top_p: a flatter distribution needs more tokens to reach p.
+    ([0.25, 0.05, 0.6, 0.1], {"top_p": 0.8, "temperature": 0.3}, {2}),
+    ([0.25, 0.05, 0.6, 0.1], {"top_p": 0.8, "temperature": 1.0}, {0, 2}),
+    ([0.25, 0.05, 0.6, 0.1], {"top_p": 0.8, "temperature": 4.0}, {0, 2, 3}),
+    # top_p counts only what top_k keeps: 0.4 of 0.7 is more than a half.
+    ([0.1, 0.3, 0.4, 0.2], {"top_p": 0.5}, {1, 2}),
+    ([0.1, 0.3, 0.4, 0.2], {"top_p": 0.5, "top_k": 2}, {2}),
+])
+def test_filters_keep_the_most_likely_tokens(probabilities, options, kept):
+    logits = torch.tensor([probabilities]).double().log2() * math.log(2)  # exact for halves
+    filtered = filter_logits(logits, **options)[0]
+    found = {i for i, logit in enumerate(filtered.tolist()) if logit > -math.inf}
+    assert len(found) == kept if isinstance(kept, int) else found == kept
+    expected = torch.tensor(probabilities)[sorted(found)].double().log() / options.get(
+        "temperature", 1.0)
+    torch.testing.assert_close(filtered[sorted(found)].softmax(0), expected.softmax(0))
+
+
+rows_of_logits = st.lists(st.lists(st.floats(-12, 12, width=32), min_size=5, max_size=5),
+                          min_size=1, max_size=4)
+
+
+@given(rows=rows_of_logits, temperature=st.floats(1e-30, 1e30),
+       top_k=st.none() | st.integers(1, 9), top_p=st.none() | st.floats(1e-6, 1.0))
+@settings(deadline=None)
+def test_filtered_logits_are_always_a_valid_distribution(rows, temperature, top_k, top_p):
+    logits = torch.tensor(rows)
+    filtered = filter_logits(logits, temperature, top_k, top_p)
+    probabilities = filtered.softmax(-1)
+    assert torch.isfinite(probabilities).all()
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(len(rows)))
+    for row, keep in zip(logits, filtered > -math.inf):
+        assert 1 <= keep.sum() <= (top_k or 5)
+        assert keep.all() or row[keep].min() >= row[~keep].max() - 1e-5  # tied by rounding
+
+
+@given(rows=rows_of_logits, top_p=st.floats(0.01, 0.99), temperature=st.floats(0.05, 20))
+@settings(deadline=None)
+def test_top_p_keeps_the_smallest_set_that_reaches_p(rows, top_p, temperature):
+    logits = torch.tensor(rows).double()
+    kept = filter_logits(logits, temperature, top_p=top_p) > -math.inf
+    for row, keep in zip((logits / temperature).softmax(-1), kept):
+        assert row[keep].sum() >= top_p - 1e-9  # the tokens kept reach p,
+        assert row[keep].sum() - row[keep].min() < top_p + 1e-9  # but not without the last of them
+
+
+def test_large_logits_do_not_overflow_at_a_low_temperature():
+    filtered = filter_logits(torch.tensor([[3e38, 2e38, -3e38]]), 0.01, top_k=2, top_p=0.9)
+    assert filtered.softmax(-1).tolist() == [[1.0, 0.0, 0.0]]
+
+
+LOGITS = torch.tensor([0.05, 0.4, 0.3, 0.15, 0.1]).double().log()  # most likely: 1, then 2, 3, 4
+
+
+@pytest.mark.parametrize("options, kept", [
+    ({"temperature": 1.0}, [0, 1, 2, 3, 4]), ({"temperature": 2.0}, [0, 1, 2, 3, 4]),
+    ({"temperature": 0.5}, [0, 1, 2, 3, 4]), ({"temperature": 2.0, "top_k": 2}, [1, 2]),
+    ({"temperature": 2.0, "top_p": 0.6}, [1, 2, 3]),  # 0.30 + 0.26 + 0.18
+    ({"temperature": 2.0, "top_p": 0.7, "top_k": 3}, [1, 2]),
+    ({"temperature": 3.0, "top_k": 1}, [1]),
+])
+def test_sampling_follows_the_softmax_of_logits_over_temperature(options, kept):
+    """Through generate, on a model that always predicts the same distribution."""
+    rows = fixed_model("decoder_only", LOGITS).generate(
+        [[1, 3]] * 500, 8, stop_at=None, generator=seeded(), **options)
+    found = torch.bincount(torch.tensor(rows).flatten(), minlength=5) / 4000
+    expected = torch.zeros(5).double()
+    expected[kept] = (LOGITS[kept] / options["temperature"]).softmax(0)
+    torch.testing.assert_close(found.double(), expected, atol=0.025, rtol=0)  # 3 or more sigmas
+    assert not found[expected == 0].any()
+
+
+def test_sampling_uses_the_generator_it_is_given():
+    model, state = next(random_models("decoder_only")), torch.get_rng_state()
+    first, again, other = (model.generate(PROMPTS, 9, temperature=1.0, generator=seeded(n))
+                           for n in (0, 0, 1))
+    assert first == again != other and torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(0)  # without one, the global generator decides
+    assert model.generate(PROMPTS, 9, temperature=1.0) == first
+
+
+def test_a_penalty_counts_new_tokens_from_the_first_and_no_prompt():
+    model = fixed_model("decoder_only", LOGITS)
+    options = {"repetition_penalty": 1e6, "stop_at": None}
+    assert model.generate([[1, 2, 3]], 5, **options) == [[1, 2, 3, 4, 0]]
+    rows = model.generate([[1]] * 40, 5, temperature=1.0, generator=seeded(), **options)
+    assert all(sorted(row) == [0, 1, 2, 3, 4] for row in rows) and len(set(map(tuple, rows))) > 9
+
+
+@pytest.mark.parametrize("row", [[0.5, 0.4, -3.0], [-0.4, -0.5, -3.0], [7.0, 4.0, -3.0]])
+@pytest.mark.parametrize("written, penalty, expected", [
+    ([], 2.0, 0), ([1], 2.0, 0), ([0], 1.0, 0), ([0], 2.0, 1), ([0, 0, 0], 2.0, 1), ([0], 0.5, 0)])
+def test_a_penalty_lowers_written_tokens_whatever_their_sign(row, written, penalty, expected):
+    ids = torch.tensor([written]).long()
+    assert choose_next_token(torch.tensor([row]), ids, repetition_penalty=penalty) == expected
+
+
+# --- translate, and mistakes at the door ----------------------------------------------
+@pytest.mark.parametrize("name, options", [
+    *GREEDY, ("decoder_only", {"temperature": 1.0}),
+    ("decoder_only", {"temperature": 1.5, "top_k": 3, "top_p": 0.6}),
+    *((name, {"use_cache": False}) for name in WRITERS),
+    *((name, {"stop_at": None}) for name in WRITERS),
+])
+def test_translate_equals_generate_called_by_hand(name, options):
+    for model in random_models(name, 3):
+        end = [SEP] if name == "decoder_only" else []
+        prompts = [VOCABULARY.encode(row) + end for row in SEQUENCES]
+        by_hand = write(model, prompts, 5 + 2, **options)
+        sampling = {"generator": seeded()} if "temperature" in options else {}
+        assert SCRIPTS[name].translate(model, SEQUENCES, **options, **sampling) == [
+            VOCABULARY.decode(row[:-1] if row[-1] == EOS else row) for row in by_hand]
+
+
+@torch.no_grad()
+def test_the_encoder_fills_all_masks_in_one_pass_in_both_directions():
+    script = SCRIPTS["encoder_only"]
+    for model in random_models("encoder_only"):
+        answers = []
+        for row in SEQUENCES:
+            ids, masks = VOCABULARY.encode(row), [MASK] * len(row)
+            forward = model(torch.tensor([[*ids, SEP, *masks]]))[0, -len(row):].argmax(-1)
+            backward = model(torch.tensor([[*masks, SEP, *ids]]))[0, :len(row)].argmax(-1)
+            answers.append((VOCABULARY.decode(forward), VOCABULARY.decode(backward)))
+        assert script.translate(model, SEQUENCES) == [words for words, _ in answers]
+        assert script.translate_back(model, SEQUENCES) == [digits for _, digits in answers]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_translation_uses_no_dropout_and_restores_the_mode(name):
+    script, model = SCRIPTS[name], next(random_models(name, dropout=0.5))
+    expected = script.translate(model, SEQUENCES)
+    assert script.translate(model.train(), SEQUENCES) == expected and model.training
+    with pytest.raises(InputError):
+        script.translate(model, [["4"] * 99])
+    model.output.forward = None  # as if a reader had broken it
+    with pytest.raises(TypeError):
+        script.translate(model, SEQUENCES)
+    assert model.training
+    del model.output.forward
+    assert script.translate(model.eval(), SEQUENCES) == expected and not model.training
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_translate_rejects_what_it_cannot_read_in_one_line(name):
+    script, model = SCRIPTS[name], random_model(name)
+    for nothing in ([], [[4, 0, 7]], [["4"] * 99]):
+        with pytest.raises(InputError, match=": use ") as error:
+            script.translate(model, nothing)
+        assert "\n" not in str(error.value)
+    with pytest.raises(TypeError, match="warmth"):
+        script.translate(model, [["4"]], warmth=1.0)
+    assert script.translate(model, [["4", "x"]]) == script.translate(model, [["4", "<UNK>"]])
+
+
+SAMPLING = [  # only decoder_only.py samples
+    ({"temperature": -1.0}, "temperature=-1"), ({"temperature": math.nan}, "temperature=nan"),
+    ({"temperature": None}, "temperature=None"), ({"temperature": 1e-320}, "temperature=1e-320"),
+    ({"top_k": 0, "temperature": 1.0}, "top_k=0"), ({"top_k": 3}, "no effect at temperature=0"),
+    ({"top_p": 0.9}, "no effect at temperature=0"), ({"top_p": 0.0}, "top_p=0"),
+    ({"top_p": 1.1, "temperature": 1.0}, "top_p=1.1"), ({"top_p": math.nan}, "top_p=nan"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty=0")]
+COMMON = [
+    ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"max_new_tokens": 2.0}, "max_new_tokens=2.0"),
+    ({"max_new_tokens": 100}, "max_len=64"), ({"prompts": [[6] * 65]}, "max_len=64"),
+    ({"prompts": []}, "list of lists"), ({"prompts": [[6], []]}, "list of lists"),
+    ({"prompts": [6, 7]}, "list of lists"), ({"prompts": [[6.0]]}, "6.0 is outside"),
+    ({"prompts": [[True]]}, "True is outside"), ({"prompts": [[6, 26]]}, "26 is outside"),
+    ({"prompts": [[6], [6, -2]]}, "-2 is outside")]
+
+
+@pytest.mark.parametrize("name, options, words", [
+    *(("decoder_only", *case) for case in SAMPLING),
+    *((name, *case) for name in WRITERS for case in COMMON)])
+def test_invalid_options_and_prompts_are_rejected_in_one_line(name, options, words):
+    arguments = {"max_new_tokens": 4, **options}
+    prompts = arguments.pop("prompts", PROMPTS)
+    with pytest.raises(InputError, match=words) as error:
+        random_model(name).generate(prompts, **arguments)
+    assert "\n" not in str(error.value)

@@ -535,67 +535,11 @@ def test_a_wrong_word_is_any_of_the_other_nine():
     assert wrong == "zero one two three four five six eight nine".split()
 
 
-@torch.no_grad()
-def test_translating_back_fills_the_digits_in_front():
-    rows = [["four", "zero", "seven"], ["nine"]]
-    masked = [["<MASK>"] * len(row) + ["<SEP>", *row] for row in rows]
-    for seed in range(6):
-        torch.manual_seed(seed)
-        model, expected = random_model("encoder_only"), []
-        for row in masked:
-            best = model(torch.tensor([VOCABULARY.encode(row)]))[0].argmax(-1)
-            expected.append(VOCABULARY.decode(best[: len(row) // 2]))
-        assert encoder_only.translate_back(model, rows) == expected
-    with pytest.raises(ValueError, match="cannot be translated"):
-        encoder_only.translate_back(model, ["four"])
-
-
-@pytest.mark.parametrize("name", ["encoder_only", "decoder_only"])
-@torch.no_grad()
-def test_a_mask_that_is_given_is_used(name):
-    model, tokens = random_model(name), torch.tensor([[10, 6, 13, 4]])
-    mask = torch.tensor([True, False, True, True])[None, None, None]
-    other = torch.tensor([[10, 9, 13, 4]])  # differs only where nothing may attend
-    torch.testing.assert_close(model(tokens, mask)[:, 2:], model(other, mask)[:, 2:])
-    assert not torch.allclose(model(tokens, mask)[:, 2:], model(tokens)[:, 2:])
-
-
-@torch.no_grad()
-def test_a_source_mask_that_is_given_is_used():
-    model = random_model("encoder_decoder")
-    source, target = torch.tensor([[10, 6, 13]]), torch.tensor([[1, 20]])
-    mask = torch.tensor([True, False, True])[None, None, None]
-    other = torch.tensor([[10, 9, 13]])
-    torch.testing.assert_close(model(source, target, mask), model(other, target, mask))
-    assert not torch.allclose(model(source, target, mask), model(source, target))
-
-
-@torch.no_grad()
-def test_the_encoder_masks_padding_without_being_told_to():
-    model = random_model("encoder_decoder")
-    source = torch.tensor([[10, 6, 13, 9], [7, 8, 0, 0]])
-    memory, weights = model.encode(source)
-    torch.testing.assert_close(memory[1:, :2], model.encode(source[1:, :2])[0])
-    torch.testing.assert_close(memory, model.encode(source, (source != 0)[:, None, None])[0])
-    assert [tuple(layer.shape) for layer in weights] == [(2, 2, 4, 4)] * 2
-    assert all((layer[1, ..., 2:] == 0).all() and (layer[0] > 0).all() for layer in weights)
-
-
 def test_beam_search_may_use_every_position_but_no_more():
     model = random_model("encoder_decoder", max_len=9)
     assert max(len(h.tokens) for h in model.beam_search([[6] * 9], 3, 1.0, 9)[0]) == 9
     with pytest.raises(ValueError, match="max_len=9"):
         model.beam_search([[6]], 3, 1.0, 10)
-
-
-@torch.no_grad()
-def test_the_classifier_scores_each_row_of_a_ragged_batch_alone():
-    classifier = encoder_only.MatchClassifier(random_model("encoder_only")).double().eval()
-    items = NumberTranslationDataset(40, 4, 0).items
-    rows = collate_fn(items)["pair"]
-    alone = [classifier(collate_fn([item])["pair"]) for item in items]
-    torch.testing.assert_close(classifier(rows), torch.cat(alone))
-    assert classifier(rows).shape == (40, 2)
 
 
 @torch.no_grad()
@@ -614,18 +558,3 @@ def test_the_classifier_is_scored_on_the_rows_that_its_seed_corrupts():
     assert encoder_only.evaluate_classifier(classifier, loader) == pytest.approx(
         encoder_only.evaluate_classifier(classifier, loader, 0)
     )
-
-
-@torch.no_grad()
-def test_alignment_counts_the_words_that_attend_most_to_their_digit():
-    model = random_model("encoder_only")
-    sequences = [["4", "0", "7"], ["9"], ["1", "2"]]
-    hits = torch.zeros(2, 2)
-    for digits in sequences:
-        row = VOCABULARY.encode([*digits, "<SEP>"] + ["<MASK>"] * len(digits))
-        for layer, weights in enumerate(model.encode(torch.tensor([row]))[1]):
-            for head in range(2):
-                for i in range(len(digits)):
-                    best = weights[0, head, len(digits) + 1 + i].argmax().item()
-                    hits[layer, head] += best == i
-    torch.testing.assert_close(encoder_only.alignment(model, sequences), hits / 6)

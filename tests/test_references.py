@@ -19,6 +19,8 @@ from toy_dataset import EOS, PAD, SOS, pad_rows
 V, D, H, LAYERS, D_FF, MAX_LEN = 26, 12, 2, 3, 20, 33
 SOURCES = [[10, 6, 13, 4, 20, 16, 23], [9, 4, 19], [7, 8, 15, 4, 17], [11]]
 SOURCE = pad_rows(SOURCES, PAD)  # (4, 7)
+PADDED = {"right": SOURCE,
+          "left": torch.tensor([[PAD] * (7 - len(row)) + row for row in SOURCES])}
 TARGET = pad_rows([[SOS, 20], [SOS, 16, 23, 25, 2], [SOS], [SOS, 21, 18]], PAD)  # (4, 5)
 
 
@@ -46,18 +48,17 @@ def stack(kind, layers, norm):
 
 
 def torch_logits(name, model):
-    def causal(tokens):  # True = masked, as in torch.nn
-        return torch.ones(tokens.size(1), tokens.size(1), dtype=torch.bool).triu(1)
-
     x, padding = embed(model, SOURCE), SOURCE == PAD
+    length = 5 if name == "encoder_decoder" else 7
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)  # True = masked, as in torch.nn
     if name == "encoder_decoder":
         memory = stack("Encoder", model.encoder_layers, model.encoder_norm)(
             x, src_key_padding_mask=padding)
         hidden = stack("Decoder", model.decoder_layers, model.final_norm)(
-            embed(model, TARGET), memory, causal(TARGET), memory_key_padding_mask=padding)
+            embed(model, TARGET), memory, future, memory_key_padding_mask=padding)
     else:
         hidden = stack("Encoder", model.layers, model.final_norm)(
-            x, causal(SOURCE) if name == "decoder_only" else None, padding)
+            x, future if name == "decoder_only" else None, padding)
     return F.linear(hidden, model.embedding.weight, model.output.bias)
 
 
@@ -83,18 +84,11 @@ def twins(name, seed=0):
     return ours, copy(ours)
 
 
-def padded(side):
-    """SOURCES padded on one side, and the mask of the real tokens."""
-    rows = [[PAD] * (7 - len(row)) + row for row in SOURCES]
-    ids = torch.tensor(rows) if side == "left" else SOURCE
-    return ids, ids != PAD
-
-
 def both_logits(name, side):
     """Logits of our model and of Hugging Face's at the real positions."""
     ours, theirs = twins(name)
-    ids, real = padded(side)
-    mask = real.long()
+    ids = PADDED[side]
+    real, mask = ids != PAD, (ids != PAD).long()
     if name == "encoder_decoder":
         other = theirs(input_ids=ids, attention_mask=mask, decoder_input_ids=TARGET).logits
         return ours(ids, TARGET)[TARGET != PAD], other[TARGET != PAD]
@@ -105,22 +99,20 @@ def both_logits(name, side):
     return ours(ids, real[:, None, None] if side == "left" else None)[real], other[real]
 
 
+def first_norm(model):
+    """The weights of its first layer norm. Their gradient depends on all that follows."""
+    names = "norm1.weight", "ln_1.weight", "self_attn_layer_norm.weight"
+    return next(p for name, p in model.named_parameters() if name.endswith(names))
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_gradients_equal_those_of_hugging_face(name, side):
-    """The gradient of the first layer's queries depends on all that follows."""
     ours, theirs = twins(name)
     mine, other = both_logits(name, side)
     close(mine, other, 1e-9)
-    first = (ours.encoder_layers if name == "encoder_decoder" else ours.layers)[0]
-    (mine,) = torch.autograd.grad(mine.square().mean(), first.self_attention.w_q.weight)
-    if name == "decoder_only":  # one matrix, transposed, for queries, keys, and values
-        weight = theirs.transformer.h[0].attn.c_attn.weight
-        other = torch.autograd.grad(other.square().mean(), weight)[0][:, :D].T
-    else:
-        encoder = theirs if name == "encoder_only" else theirs.model.encoder
-        weight = encoder.layers[0].self_attn.q_proj.weight
-        (other,) = torch.autograd.grad(other.square().mean(), weight)
+    mine, other = (torch.autograd.grad(logits.square().mean(), first_norm(model))[0]
+                   for logits, model in ((mine, ours), (other, theirs)))
     assert mine.abs().max() > 1e-6
     torch.testing.assert_close(mine, other, atol=1e-9, rtol=1e-7)
 
@@ -130,8 +122,8 @@ def test_greedy_generation_equals_that_of_hugging_face(name):
     distinct = set()
     for seed in range(10):
         ours, theirs = twins(name, seed)
-        ids, real = padded("left" if name == "decoder_only" else "right")
-        rows = theirs.generate(ids, attention_mask=real.long(), max_new_tokens=20,
+        ids = PADDED["left" if name == "decoder_only" else "right"]
+        rows = theirs.generate(ids, attention_mask=(ids != PAD).long(), max_new_tokens=20,
                                do_sample=False).tolist()
         start = ids.size(1) - 1 if name == "decoder_only" else 0
         expected = [cut(row[start:]) for row in rows]
@@ -146,9 +138,9 @@ def test_beam_search_is_never_worse_than_hugging_faces(width, penalty):
     same, searches, ended = 0, 0, 0
     for seed in range(8):
         ours, theirs = twins("encoder_decoder", seed)
-        ids, real = padded("right")
-        rows = theirs.generate(ids, attention_mask=real.long(), num_beams=width, do_sample=False,
-                               length_penalty=penalty, early_stopping="never", max_new_tokens=9)
+        rows = theirs.generate(
+            SOURCE, attention_mask=(SOURCE != PAD).long(), num_beams=width, do_sample=False,
+            length_penalty=penalty, early_stopping="never", max_new_tokens=9)
         found = ours.beam_search(SOURCES, width, penalty, 9)
         for source, row, hypotheses in zip(SOURCES, rows.tolist(), found):
             tokens = cut(row)

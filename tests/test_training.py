@@ -246,7 +246,9 @@ def test_a_nan_loss_stops_training_with_step_and_hint(name):
 def test_evaluation_returns_the_numbers_computed_by_hand(name):
     """Sequence by sequence, with the loss and accuracy of each label."""
     script, model = SCRIPTS[name], random_model(name)
-    loader, loss, correct, labels = create_dataloaders(900, 3, 5, 0)[1], 0.0, 0, 0
+    if name == "encoder_only":
+        model.output.bias[20] += 20  # it answers "four", which is sometimes correct
+    loader, loss, correct, labels = create_dataloaders(150, 3, 5, 0)[1], 0.0, 0, 0
     for item in loader.dataset:
         logits, targets = script.logits_and_labels(model, collate_fn([item]))
         for position, label in zip(logits[0], targets[0].tolist()):
