@@ -9,7 +9,7 @@ passes on. The result is an average of the values, weighted by how well each key
     query . key 2  ->  score 2  softmax ->  weight 2 * value 2   add up:  result
     query . key 3  ->  score 3              weight 3 * value 3
 
-Each stage adds one idea, and five of the seven check that they agree with an earlier stage. Stage 6
+Each stage adds one idea, and five of the seven check themselves against an earlier stage. Stage 6
 shows where queries, keys, and values come from.
 
 Run it:     python attention_by_hand.py        (about 2 seconds). The last lines should be:
@@ -130,7 +130,7 @@ itself = [w.diagonal(dim1=-2, dim2=-1).mean().item() for w in (plain_weights, we
 print(f"  mean weight of a token on itself: {itself[0]:.2f} without projections, because a vector "
       f"usually\n  matches itself best, and {itself[1]:.2f} with random projections")
 
-print("\n7. The batch: the same code with one more dimension in front")
+print("\n7. The batch: the same code with one extra leading dimension")
 x, memory = torch.randn(5, 4, 8), torch.randn(5, 3, 8)  # (B, T, D), (B, S, D)
 result, weights = multi_head_attention(x, memory, projections, 2)
 print(f"  x (B, T, D) = {tuple(x.shape)}, memory (B, S, D) = {tuple(memory.shape)}")

@@ -16,15 +16,15 @@ Which one to choose for a real task: guide/architectures.md.
 
 Run it:     python compare_architectures.py        (about 100 seconds on one CPU core)
 
-Sections 1, 2, 5, and 6 use the models in checkpoints/, and those of section 3 for any that are
-missing.
+Sections 1, 2, 5, and 6 use the models in checkpoints/. If one is missing, or scores below 90%, they
+use the model trained in section 3.
 """
 import copy
 import functools
 import math
 import random
 
-from housekeeping import CHECKPOINTS, InputError, choose_device, prepare, run_script
+from housekeeping import CHECKPOINTS, InputError, choose_device, load_model, prepare, run_script
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,7 +40,7 @@ from training import (count_passes, median_milliseconds, parameters_by_component
 # =====================================================================================
 # CONSTANTS - change one, run again
 # =====================================================================================
-D_MODEL = 64             # this and the next four: the models that this script trains
+D_MODEL = 64             # these five set the models that this script trains
 NUM_HEADS = 4
 NUM_LAYERS = 2
 D_FF = 256
@@ -86,8 +86,8 @@ def train(name, model, num_steps, warmup_steps=WARMUP_STEPS, num_sequences=None,
         items = random.Random(SEED).sample(items, min(num_sequences, len(items)))
         train_loader = DataLoader(items * BATCH_SIZE, BATCH_SIZE, shuffle=True,
                                   collate_fn=collate_fn, generator=train_loader.generator)
-    return train_for(ARCHITECTURES[name][0], model, train_loader, num_steps, LEARNING_RATE,
-                     warmup_steps, CLIP_NORM, watch)
+    return train_for(ARCHITECTURES[name][0].compute_loss, model, train_loader, num_steps,
+                     LEARNING_RATE, warmup_steps, CLIP_NORM, watch)
 
 
 def held_out_sequences(count=200):
@@ -103,8 +103,8 @@ def held_out_sequences(count=200):
 def influence(model, inputs, changed):
     """Return booleans (T, S): True if changing token s of inputs[changed] changes the output at t.
 
-    model(*inputs) returns logits (1, T, V). In float64, an influence is far above rounding errors,
-    and without one the difference is exactly 0.
+    model(*inputs) returns logits (1, T, V). In float64, a real influence is far larger than
+    rounding errors; without one, the difference is exactly 0.
     """
     model = copy.deepcopy(model).cpu().double().eval()
     before = model(*inputs)  # (1, T, V)
@@ -457,9 +457,9 @@ def without_cross_padding_mask(model):
 ABLATIONS = [  # (name, architecture, arguments, change, warmup steps, prediction)
     ("baseline", "decoder-only", {}, None, WARMUP_STEPS, "learns the task"),
     ("without positions", "decoder-only", {}, without_positions, WARMUP_STEPS,
-     "wrong order of words; the causal mask hints at the order"),
+     "words in the wrong order, though the causal mask hints at positions"),
     ("without 1/sqrt(K)", "decoder-only", {}, without_scaling, WARMUP_STEPS,
-     "little harm: K = 16 is small, scores are 4 times as large"),
+     "little harm: with K = 16, scores are only 4 times as large"),
     ("without residuals", "decoder-only", {}, without_residuals, WARMUP_STEPS,
      "two layers may still learn; deep models do not"),
     ("post-norm", "decoder-only", {}, post_norm, WARMUP_STEPS,
@@ -487,7 +487,7 @@ def show_ablations():
     print("  With the constants unchanged, three predictions are wrong. Without warmup, eight\n"
           "  layers learn nothing, although they are pre-norm. Post-norm and one head make no\n"
           "  difference at either depth. Other seeds agree (python tests/measure_tries.py\n"
-          "  ablations), except for two layers without warmup: 61.5-100%.")
+          "  ablations), except that two layers without warmup score 61.5-100%.")
 
 
 def show_padding_ablation():
@@ -514,8 +514,8 @@ def show_padding_ablation():
     without_cross_padding_mask(model)
     train("encoder-decoder", model, ABLATION_STEPS)
     show("missing in training and generation", model)
-    print("  Without the mask, the answer for a row depends on its padding. A model trained so\n"
-          "  relies on padding, and fails on short rows that have none.")
+    print("  Without the mask, the answer for a row depends on its padding. A model trained\n"
+          "  this way comes to rely on padding, and fails on short inputs that have none.")
 
 
 def main():
@@ -523,7 +523,7 @@ def main():
     models = {}
     for name, (_, model_class, file) in ARCHITECTURES.items():
         try:
-            models[name] = model_class.load(CHECKPOINTS / file, DEVICE)
+            models[name] = load_model(model_class, CHECKPOINTS / file, DEVICE, at_least=0.9)
             size = models[name].arguments
             print(f"{name}: from checkpoints/{file}, d_model {size['d_model']}, "
                   f"{size['num_layers']} layers")

@@ -1,8 +1,8 @@
 """
 decoder_only.py - the GPT family: predict the next token from the tokens before it
 
-THE IDEA.  Train a model on a single task: predict the next token. Every task that can be written as
-a prompt and its answer becomes this task (Radford et al. 2019, "Language Models are Unsupervised
+THE IDEA.  Train a model on a single task: predict the next token. Any task that you can write
+as a prompt and its answer becomes this task (Radford et al. 2019, "Language Models are Unsupervised
 Multitask Learners", GPT-2). To generate, append the prediction to the input and predict again.
 
     input     4      0      7    <SEP>   four   zero   seven
@@ -27,25 +27,24 @@ The last lines should be close to:
       next token, with teacher forcing          accuracy    100.0%
       digits to words, generated until <EOS>    exact match 100.0%
 """
-import copy
 import math
 
-from housekeeping import CHECKPOINTS, BaseModel, prepare, run_script, save_model
+from housekeeping import CHECKPOINTS, BaseModel, load_model, prepare, run_script, save_model
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from toy_dataset import (EOS, IGNORE_INDEX, PAD, SEP, VOCABULARY, check_tokens, create_dataloaders,
-                         exact_match, print_attention, print_examples)
+from toy_dataset import (EOS, IGNORE_INDEX, PAD, SEP, VOCABULARY, WORD_OF, check_tokens,
+                         create_dataloaders, exact_match, print_attention, print_examples)
 from training import (batches, check_finite, create_optimizer, evaluation_mode, score,
-                      show_strategies, time_generation)
+                      time_generation)
 
 # =====================================================================================
 # LEGEND   B  batch                              D  d_model: the size of a token's vector
 #          T  queries: the new tokens            H  heads   K  D / H: the size of a head's vectors
 #          S  keys: new and cached tokens        V  vocabulary size (26)
 # =====================================================================================
-# CONSTANTS - change one, run again. Each "Try" gives the final exact match with SEED 0 to 4.
+# CONSTANTS - change one and run again. "Try" gives the final exact match over SEED 0 to 4.
 # =====================================================================================
 # The model
 D_MODEL = 64             # size of a token's vector
@@ -57,9 +56,9 @@ DROPOUT = 0.0            # fraction of activations set to 0 in training. Try 0.3
 NUM_SAMPLES = 6000       # distinct sequences, training plus validation
 MAX_DIGITS = 5           # longest sequence
 # The training
-BATCH_SIZE = 64          # rows per step
-LEARNING_RATE = 3e-3     # its peak. Try 1e-4: 99.8-100%.
-WARMUP_STEPS = 40        # steps in which the learning rate rises to its peak
+BATCH_SIZE = 64          # sequences per step
+LEARNING_RATE = 3e-3     # at its peak. Try 1e-4: 99.8-100%.
+WARMUP_STEPS = 40        # steps over which the learning rate rises to its peak
 CLIP_NORM = 1.0          # maximum norm of the gradient
 NUM_EPOCHS = 8           # passes over the training data, 85 steps each. Try 1: 0.7-100%.
 # The run
@@ -207,20 +206,20 @@ class FeedForward(nn.Module):
 
 # --- 2. New here: the cache and the causal mask ---------------------------------------
 class KeyValueCache:
-    """Stores the keys and values of all tokens so far in one layer, so that each is computed once.
+    """Stores one layer's keys and values of all tokens so far, so that each is computed only once.
 
     Later tokens never change an earlier key or value. In layer 1, a key depends on its own token
     only. Under the causal mask, the layer's output at a position depends on that position and the
     ones before it, so the same holds for the keys of layer 2, and of every layer after it. So each
     step after the prompt sends only the newest token through the layers.
 
-    The price is memory: 2 * D numbers per token and layer. In LLaMA 7B (D = 4096, 32 layers, 16
+    The price is memory: 2 * D numbers per token per layer. In LLaMA 7B (D = 4096, 32 layers, 16
     bits) that is 512 KiB per token. The cache is allocated up front, because growing it with
     torch.cat would copy everything at every step.
     """
 
     def __init__(self, batch_size, attention, max_len):
-        weight = attention.w_k.weight  # attention: its MultiHeadAttention
+        weight = attention.w_k.weight  # `attention` is the module that it belongs to
         shape = (batch_size, attention.num_heads, max_len, attention.head_dim)
         self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.empty_like(self.keys)
@@ -238,7 +237,7 @@ class KeyValueCache:
 def causal_mask(queries, keys, device=None):
     """Return (1, 1, queries, keys) booleans: each query may attend to keys up to its own position.
 
-    The last query has the position of the last key. With a cache, there are more keys than queries:
+    The last query sits at the position of the last key. A cache makes more keys than queries:
 
         3 queries, 3 keys    # . .        2 queries, 5 keys    # # # # .
         (# True, . False)    # # .        (3 are cached)       # # # # #
@@ -287,7 +286,7 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
     temperature  divides the logits: below 1 it sharpens the distribution, above 1 it flattens it
     top_k        keeps the k most likely tokens (Fan et al. 2018, section 5)
     top_p        keeps the smallest set of most likely tokens whose probabilities sum to at least p
-                 (Holtzman et al. 2020, section 3.1): a large set where the model is uncertain
+                 (Holtzman et al. 2020, section 3.1). It is large where the model is uncertain
 
     With probabilities 0.5, 0.3, 0.15, and 0.05, top_k=2 keeps two tokens. top_p=0.7 also keeps two,
     because the token that crosses p stays. top_p=0.5 keeps one.
@@ -362,7 +361,7 @@ class DecoderOnlyTransformer(BaseModel):
     def positions_of(self, tokens):
         """tokens (B, T) -> positions (B, T), counted from the first real token of each row.
 
-        Padding before it gets position 0. This is harmless, because nothing attends to padding.
+        The padding in front gets position 0, which is harmless because nothing attends to it.
         """
         first = (tokens != PAD).int().argmax(1, keepdim=True)  # (B, 1): argmax finds the first 1
         return (torch.arange(tokens.size(1), device=tokens.device) - first).clamp(min=0)  # (B, T)
@@ -371,7 +370,7 @@ class DecoderOnlyTransformer(BaseModel):
         """tokens (B, T) -> (B, T, D) and a list of each layer's attention weights (B, H, T, S)
 
         mask       (B, 1, 1, S), True = real token; None if there is no padding on the left
-        positions  (B, T); None: those of `positions_of`, plus the number of cached tokens
+        positions  (B, T); if None, those of `positions_of` plus the number of cached tokens
         caches     one KeyValueCache per layer; `tokens` then has only the new tokens
         """
         past = caches[0].length if caches else 0
@@ -458,7 +457,7 @@ def logits_and_labels(model, batch):
         pair_labels    .   .   .   four    zero   seven   <EOS>      . = IGNORE_INDEX
 
     The inputs are the correct tokens, whatever the model predicts (teacher forcing). The causal
-    mask hides later inputs, and with them the labels, so one pass trains all labeled columns.
+    mask hides later inputs, and with them the labels, so one pass trains all labeled positions.
     `collate_fn` in toy_dataset.py has already shifted the labels. Do not shift them again here.
     """
     return model(batch["pair"]), batch["pair_labels"]  # (B, T, V), (B, T)
@@ -494,26 +493,17 @@ def evaluate(model, loader):
     return score(model, loader, logits_and_labels, translate)
 
 
-# --- 6. Looking inside ----------------------------------------------------------------
-@torch.inference_mode()
-def most_uncertain(model, loader):
-    """Return the prefix in `loader` after which the next token has the highest entropy.
+# --- 6. Sampling: a task with two right answers ---------------------------------------
+OH = len(VOCABULARY)  # the id of one more word: "oh", which people also say for 0
 
-    Entropy measures uncertainty in nats: 0 if one token has probability 1, and ln V = 3.26 if all
-    tokens are equally likely. Positions without a label are ignored.
-    """
-    model.eval()
-    highest, prefix = -1.0, None
-    for batch in batches(loader, model.embedding.weight.device):
-        logits, labels = logits_and_labels(model, batch)
-        log_p = torch.log_softmax(logits, -1)  # (B, T, V)
-        entropy = -(log_p.exp() * log_p).sum(-1)  # (B, T)
-        entropy = entropy.masked_fill(labels == IGNORE_INDEX, -1.0)
-        if entropy.max().item() > highest:
-            highest = entropy.max().item()
-            row, position = divmod(entropy.argmax().item(), entropy.size(1))
-            prefix = VOCABULARY.decode(batch["pair"][row, :position + 1])
-    return prefix
+
+def say_oh(batch, share=0.3):
+    """Return a copy of `batch` in which a `share` of the zeros, drawn at random, is spoken "oh"."""
+    zero = batch["pair_labels"] == VOCABULARY.ids["zero"]  # (B, T)
+    said = zero & (torch.rand(zero.shape, device=zero.device) < share)
+    pair = batch["pair"].clone()
+    pair[:, 1:].masked_fill_(said[:, :-1], OH)  # the label at t is the input at t + 1
+    return {**batch, "pair": pair, "pair_labels": batch["pair_labels"].masked_fill(said, OH)}
 
 
 @torch.inference_mode()
@@ -521,25 +511,50 @@ def show_filters(model, prefix):
     """Print the distribution of the token after `prefix`, before and after each filter.
 
     The last column shows how many tokens are left: temperature keeps all, top_k keeps k, and top_p
-    keeps more tokens of a flatter distribution.
+    keeps more tokens when the distribution is flatter.
     """
-    model.eval()
     tokens = torch.tensor([VOCABULARY.encode(prefix)], device=model.embedding.weight.device)
-    logits = model(tokens)[:, -1]  # (1, V)
-    shown = logits[0].topk(6).indices.tolist()
-    print(f"  the next token after: {' '.join(prefix)}")
-    print(" " * 22 + "".join(f"{VOCABULARY.tokens[i]:>8s}" for i in shown)
-          + "  others   tokens left")
+    logits = model.eval()(tokens)[:, -1]  # (1, V)
+    shown, names = logits[0].topk(5).indices.tolist(), [*VOCABULARY.tokens, "oh"]
+    print(f"  the next token after: {prefix}")
+    print(" " * 22 + "".join(f"{names[i]:>8s}" for i in shown) + "  others   tokens left")
     filters = {"unfiltered": {}, "temperature=0.5": {"temperature": 0.5},
                "temperature=2.0": {"temperature": 2.0}, "top_k=1": {"top_k": 1},
-               "top_k=3": {"top_k": 3}, "top_p=0.5": {"top_p": 0.5}, "top_p=0.9": {"top_p": 0.9},
+               "top_k=3": {"top_k": 3}, "top_p=0.6": {"top_p": 0.6}, "top_p=0.9": {"top_p": 0.9},
                "top_p=0.9 at t=2.0": {"temperature": 2.0, "top_p": 0.9}}
     for name, options in filters.items():
         probabilities = torch.softmax(filter_logits(logits, **options), -1)[0]  # (V,)
-        row = "".join(f"{probabilities[i].item():8.1%}" if probabilities[i] > 0 else "       -"
-                      for i in shown)
+        cells = "".join(f"{probabilities[i].item():8.1%}" if probabilities[i] > 0 else "       -"
+                        for i in shown)
         others = max(0.0, 1 - probabilities[shown].sum().item())
-        print(f"  {name:20s}{row}{others:8.1%}{(probabilities > 0).sum().item():10d}")
+        print(f"  {name:20s}{cells}{others:8.1%}{(probabilities > 0).sum().item():10d}")
+
+
+def show_sampling(model, sequences, copies=40):
+    """Print how each strategy speaks the 0 of `sequences`, which have one each, and its mistakes.
+
+    A model is calibrated if it says "oh" as often as the data does. Unfiltered sampling is, but it
+    also picks some of the many unlikely tokens. top_p removes them, and keeps both right ones.
+    """
+    zero = VOCABULARY.ids["zero"]
+    print(f"  {'':20s}{'zero':>8s}{'oh':>8s}{'wrong':>8s}")
+    print(f"  {'the data':20s}{'70.0%':>8s}{'30.0%':>8s}{'0.0%':>8s}")
+    for name, options in {
+            "greedy": {}, "temperature=0.5": {"temperature": 0.5},
+            "temperature=1.0": {"temperature": 1.0}, "temperature=2.0": {"temperature": 2.0},
+            "top_k=2": {"temperature": 1.0, "top_k": 2},
+            "top_p=0.9": {"temperature": 1.0, "top_p": 0.9},
+            "top_p=0.6": {"temperature": 1.0, "top_p": 0.6}}.items():
+        prompts = [VOCABULARY.encode(digits) + [SEP] for digits in sequences] * copies
+        answers = model.generate(prompts, max(map(len, prompts)) + 1, **options)
+        counts = {zero: 0, OH: 0}
+        for digits, ids in zip(sequences * copies, answers):
+            for word in counts:
+                right = [word if digit == "0" else VOCABULARY.ids[WORD_OF[digit]]
+                         for digit in digits] + [EOS]
+                counts[word] += ids == right
+        shares = [counts[zero], counts[OH], len(answers) - counts[zero] - counts[OH]]
+        print(f"  {name:20s}" + "".join(f"{share / len(answers):8.1%}" for share in shares))
 
 
 def show_repetition_penalty(model, digits, words):
@@ -556,8 +571,9 @@ def show_repetition_penalty(model, digits, words):
         print(f"  repetition_penalty={penalty:<15}{cells}")
 
 
+# --- 7. Looking inside ----------------------------------------------------------------
 def show_cache(model, lengths=(32, 64, 128, 256)):
-    """Print the time of generation with and without the cache.
+    """Print how long generation takes with and without the cache.
 
     With the cache, the time grows almost linearly with the length. Without it, each token needs a
     pass over all previous tokens, so the speedup grows with the length.
@@ -579,12 +595,13 @@ def show_attention(model, digits):
     # The output at <SEP> predicts word 0, which corresponds to digit 0, and so on.
     own = weights[:, :, n:2 * n, :n].diagonal(dim1=-2, dim2=-1).mean(-1)  # (layers, H)
     layer, head = divmod(own.argmax().item(), own.size(1))
-    print(f"  layer {layer}, head {head}; rows are queries (-> the token predicted), columns keys:")
+    print(f"  layer {layer}, head {head}, counted from 0. A row is a query (-> what it predicts), "
+          "a column a key:")
     print_attention(weights[layer, head, n:], [f"-> {word}" for word in VOCABULARY.decode(written)],
                     VOCABULARY.decode(tokens[0]))
 
 
-# --- 7. The run -----------------------------------------------------------------------
+# --- 8. The run -----------------------------------------------------------------------
 def main():
     device = prepare(globals())
     train_loader, val_loader = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED)
@@ -603,27 +620,29 @@ def main():
         result = evaluate(model, val_loader)
         print(f"  epoch {epoch:2d}   train loss {train_loss:.4f}   "
               f"validation loss {result['loss']:.4f}   exact match {result['exact_match']:6.1%}")
-        if epoch == 1:
-            undertrained = copy.deepcopy(model)  # still uncertain, with a high learning rate
-    save_model(model, CHECKPOINTS / "decoder_only.pt")
+    save_model(model, CHECKPOINTS / "decoder_only.pt", result["exact_match"], globals())
+    digits, words = [e[0] for e in result["examples"]], [e[1] for e in result["examples"]]
 
-    print("\n2. What each filter leaves of a distribution (after epoch 1, most uncertain position)")
-    show_filters(undertrained, most_uncertain(undertrained, val_loader))
+    print("\n2. Sampling, when two answers are right: 0 is spoken \"zero\" (70%) or \"oh\" (30%)")
+    speaker = DecoderOnlyTransformer(len(VOCABULARY) + 1, D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF,
+                                     DROPOUT).to(device)
+    optimizer, scheduler = create_optimizer(speaker, LEARNING_RATE, NUM_EPOCHS * len(train_loader),
+                                            WARMUP_STEPS)
+    for _ in range(NUM_EPOCHS):
+        train_epoch(speaker, train_loader, optimizer, scheduler, CLIP_NORM,
+                    lambda model, batch: compute_loss(model, say_oh(batch)))
+    show_filters(speaker, "4 0 7 <SEP> four")
+    print("  each strategy on held-out sequences with one 0")
+    show_sampling(speaker, [row for row in digits if row.count("0") == 1][:100])
 
-    print("\n3. The strategies, with the same model: exact match and diversity")
-    digits = [digits for digits, _, _ in result["examples"][::3]]  # a third, to save time
-    words = [words for _, words, _ in result["examples"][::3]]
-    show_strategies(translate, undertrained, digits, words,
-                    {"greedy": {}, "temperature 0.5": {"temperature": 0.5},
-                     "temperature 1": {"temperature": 1.0}, "temperature 2": {"temperature": 2.0},
-                     "top_k 3": {"temperature": 1.0, "top_k": 3},
-                     "top_p 0.9": {"temperature": 1.0, "top_p": 0.9}}, SEED)
-    print("  greedy, with a repetition penalty")
-    show_repetition_penalty(undertrained, digits, words)
+    print("\n3. What a repetition penalty does to answers that must repeat themselves")
+    show_repetition_penalty(model, digits, words)
 
     print("\n4. What the key/value cache saves (random weights: the time does not depend on them)")
     show_cache(DecoderOnlyTransformer(len(VOCABULARY), D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF,
                                       max_len=260).to(device))
+    same = translate(model, digits, use_cache=False) == translate(model, digits)
+    print(f"  with and without the cache, the trained model gives the same answers: {same}")
 
     print("\n5. Held-out examples, mistakes first")
     print_examples(result["examples"])
@@ -636,7 +655,7 @@ def main():
 def answer(tokens):
     """Translate `tokens` from the command line with the saved model."""
     check_tokens(tokens)
-    model = DecoderOnlyTransformer.load(CHECKPOINTS / "decoder_only.pt", DEVICE)
+    model = load_model(DecoderOnlyTransformer, CHECKPOINTS / "decoder_only.pt", DEVICE)
     print(f"{' '.join(tokens)}  ->  {' '.join(translate(model, [tokens])[0])}")
     show_attention(model, tokens)
 

@@ -37,7 +37,7 @@ import copy
 import functools
 import math
 
-from housekeeping import CHECKPOINTS, BaseModel, prepare, run_script, save_model
+from housekeeping import CHECKPOINTS, BaseModel, load_model, prepare, run_script, save_model
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -52,7 +52,7 @@ from training import batches, check_finite, create_optimizer, evaluation_mode, s
 #          S  keys: all positions of a row       H  heads   K  D / H: the size of a head's vectors
 #          T  queries (here, T = S)              V  vocabulary size (26)
 # =====================================================================================
-# CONSTANTS - change one, run again. Each "Try" gives the final exact match with SEED 0 to 4.
+# CONSTANTS - change one and run again. "Try" gives the final exact match over SEED 0 to 4.
 # =====================================================================================
 # The model
 D_MODEL = 64             # size of a token's vector
@@ -67,9 +67,9 @@ MIN_MASKING_RATE = 0.15  # lowest fraction of a row's digits, or words, that is 
 MASK_SHARE = 0.8         # fraction of the selected tokens that become <MASK>
 RANDOM_SHARE = 0.1       # fraction that become a random token; the rest are unchanged
 # The training
-BATCH_SIZE = 64          # rows per step
-LEARNING_RATE = 3e-3     # its peak. Try 1e-4: 0.7-22.8%.
-WARMUP_STEPS = 40        # steps in which the learning rate rises to its peak
+BATCH_SIZE = 64          # sequences per step
+LEARNING_RATE = 3e-3     # at its peak. Try 1e-4: 0.7-22.8%.
+WARMUP_STEPS = 40        # steps over which the learning rate rises to its peak
 CLIP_NORM = 1.0          # maximum norm of the gradient
 NUM_EPOCHS = 8           # passes over the training data, 85 steps each. Try 2: 90.3-100%.
 FINETUNE_EPOCHS = 4      # passes in fine-tuning
@@ -230,7 +230,7 @@ class EncoderOnlyTransformer(BaseModel):
 
 # --- 3. What it is trained for: masked language modeling ------------------------------
 def word_positions(tokens):
-    """Return booleans (B, S), True for words: the tokens after <SEP>, without padding."""
+    """Return booleans (B, S), True for words: the tokens after <SEP>, except padding."""
     return (tokens >= FIRST_ORDINARY) & ((tokens == SEP).cumsum(1) > 0)  # from <SEP> on
 
 
@@ -248,10 +248,10 @@ def mask_tokens(tokens, mask_share=0.8, random_share=0.1, min_rate=0.15, generat
     model should not rely on it. Here, the mix does not help: fine-tuning ends at 91.2-97.5% with
     it, and at 97.1-99.5% if all selected tokens become <MASK> (SEED 0-2).
 
-    Unlike in BERT, only the digits or only the words of a row are selected: if a digit *and* its
-    word were masked, neither could be recovered. And each row draws its masking rate between
-    `min_rate` and 1: at BERT's 15%, the model would almost never see all words masked, as they are
-    when it translates.
+    Unlike BERT, this function selects either digits or words, never both, because if a digit *and*
+    its word were masked, neither could be recovered. Each sequence also draws its own masking rate,
+    from `min_rate` to 1. At BERT's 15%, the model would almost never see all words masked, as they
+    are when it translates.
     """
     def rand(*shape):
         return torch.rand(*shape, generator=generator, device=tokens.device)
@@ -261,7 +261,7 @@ def mask_tokens(tokens, mask_share=0.8, random_share=0.1, min_rate=0.15, generat
     digits = (tokens >= FIRST_ORDINARY) & ~words
     candidates = torch.where(rand(batch, 1) < 0.5, words, digits)  # one side of each row
     rate = min_rate + (1 - min_rate) * rand(batch, 1)  # (B, 1)
-    # The lowest draw of a row is always selected: the loss of a batch without labels is 0/0 = NaN.
+    # The lowest draw is always selected, because the loss of a batch without labels is 0/0 = NaN.
     draw = rand(batch, length).masked_fill(~candidates, 2.0)  # (B, S)
     selected = candidates & (draw <= torch.maximum(rate, draw.amin(1, keepdim=True)))
 
@@ -374,7 +374,7 @@ def corrupt_one_word(tokens, generator=None):
 
 
 class MatchClassifier(nn.Module):
-    """Predicts whether the words match the digits, with an encoder and a linear layer on top.
+    """An encoder with a linear layer on top, which predicts whether the words match the digits.
 
         4   0  <SEP> four zero <PAD>       tokens
         v1  v2  v3   v4   v5    -          their vectors after the encoder
@@ -434,7 +434,7 @@ def fine_tune(encoder, train_loader, val_loader, num_epochs, learning_rate, warm
 
 
 def print_scores(pretrained, from_scratch):
-    """Print two lists of scores side by side, a row per epoch. The first list may be shorter."""
+    """Print two lists of scores side by side, one line per epoch. The first list may be shorter."""
     for epoch, accuracy in enumerate(from_scratch, 1):
         before = f"{pretrained[epoch - 1]:6.1%}" if epoch <= len(pretrained) else "      "
         print(f"  epoch {epoch:2d}   correct: pretrained {before}   from scratch {accuracy:6.1%}")
@@ -458,7 +458,7 @@ def show_predictions(model, text):
 def attention_of_masks(model, row):
     """Return the attention weights (layers, H, M, S) of the M masked tokens of `row`.
 
-    Also returns the positions of the tokens on the other side. Mask i corresponds to token i.
+    Also returns the positions of the tokens on the other side of <SEP>: mask i belongs to token i.
     """
     model.eval()
     masked = [i for i, token in enumerate(row) if token == "<MASK>"]
@@ -489,7 +489,7 @@ def show_alignment(model, sequences):
 def show_attention(model, row):
     """Print what the masked tokens of `row` attend to.
 
-    It shows the layer and head with the largest mean weight of mask i on token i of the other side.
+    It picks the layer and head in which mask i attends most to token i on the other side of <SEP>.
     Attention weights do not explain a prediction by themselves (Jain and Wallace 2019).
     """
     weights, others = attention_of_masks(model, row)  # (layers, H, M, S)
@@ -520,10 +520,10 @@ def main():
         result = evaluate(model, val_loader)
         print(f"  epoch {epoch:2d}   train loss {train_loss:.4f}   "
               f"validation loss {result['loss']:.4f}   exact match {result['exact_match']:6.1%}")
-    save_model(model, CHECKPOINTS / "encoder_only.pt")
+    save_model(model, CHECKPOINTS / "encoder_only.pt", result["exact_match"], globals())
 
     print("\n2. Fine-tuning: do the words match the digits? (A guess is correct half the time.)\n"
-          "   The model from scratch trains for as many steps as pretraining plus fine-tuning")
+          "   The model from scratch gets the same total: pretraining plus fine-tuning steps")
     untrained = EncoderOnlyTransformer(**model.arguments).to(device)
     settings = (FINETUNE_LEARNING_RATE, WARMUP_STEPS, CLIP_NORM)
     pretrained = fine_tune(model, train_loader, val_loader, FINETUNE_EPOCHS, *settings)
@@ -545,7 +545,7 @@ def main():
 
     print("\n5. Held-out examples, mistakes first")
     print_examples(result["examples"])
-    print("  and words to digits")
+    print("  the other way, words to digits")
     back = translate_back(model, words)
     print_examples(sorted(zip(words, digits, back), key=lambda e: e[1] == e[2]), 2)
 
@@ -560,7 +560,7 @@ def answer(tokens):
     """Translate `tokens` from the command line with the saved model."""
     known = WORDS if tokens[0] in WORDS else DIGITS
     check_tokens(tokens, known)
-    model = EncoderOnlyTransformer.load(CHECKPOINTS / "encoder_only.pt", DEVICE)
+    model = load_model(EncoderOnlyTransformer, CHECKPOINTS / "encoder_only.pt", DEVICE)
     masks = ["<MASK>"] * len(tokens)
     if known is DIGITS:
         row, written = [*tokens, "<SEP>", *masks], translate(model, [tokens])[0]

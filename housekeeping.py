@@ -133,7 +133,7 @@ class BaseModel(nn.Module):
     def __init__(self, **arguments):
         super().__init__()
         check(**arguments)
-        self.arguments = arguments
+        self.arguments, self.notes = arguments, {}  # notes: how it was trained, with which score
 
     def check_input(self, rows, new_tokens=0, **options):
         """Raise InputError unless these lists of ids fit, with room for `new_tokens` more each."""
@@ -159,7 +159,8 @@ class BaseModel(nn.Module):
             raise InputError("the weights are no longer finite, so they are not saved: try a tenth "
                              "of the learning rate")
         write_atomically(path, to_bytes({"architecture": type(self).__name__,
-                                         "arguments": self.arguments, "weights": weights}))
+                                         "arguments": self.arguments, "notes": self.notes,
+                                         "weights": weights}))
 
     @classmethod
     def load(cls, path, device="cpu"):
@@ -171,6 +172,7 @@ class BaseModel(nn.Module):
                 raise ValueError(f"it contains a {saved['architecture']}")
             model = cls(**saved["arguments"]).to(device).eval()
             model.load_state_dict(saved["weights"])
+            model.notes = saved["notes"]
             if not all(w.equal(saved["weights"][k]) for k, w in model.state_dict().items()):
                 raise ValueError("it contains NaN, or tied weights that differ")
         except FileNotFoundError:
@@ -183,8 +185,14 @@ class BaseModel(nn.Module):
         return model
 
 
-def save_model(model, path):
-    """Save `model` and return True, or print a warning and return False."""
+def save_model(model, path, exact_match, constants):
+    """Save `model` with its score and the constants (`globals()`) of the script that trained it.
+
+    Returns True, or prints a warning and returns False.
+    """
+    model.notes = {"exact_match": exact_match, "constants": {
+        name: value for name, value in constants.items()
+        if name.isupper() and any(re.fullmatch(pattern, name) for pattern, _, _ in RULES)}}
     try:
         model.save(path)
     except OSError as error:
@@ -192,6 +200,22 @@ def save_model(model, path):
         return False
     print(f"saved {path.parent.name}/{path.name}")
     return True
+
+
+def load_model(model_class, path, device="cpu", at_least=0.0):
+    """Load a model and print its score, and, if that is poor, the constants it was trained with.
+
+    Raises InputError for a score below `at_least`, so that a failed run spoils no other script.
+    """
+    model = model_class.load(path, device)
+    text = f"{path.parent.name}/{path.name}: exact match {model.notes['exact_match']:.1%}"
+    if model.notes["exact_match"] < max(at_least, 0.9):
+        text += ", trained with " + ", ".join(
+            f"{name}={value}" for name, value in model.notes["constants"].items())
+    if model.notes["exact_match"] < at_least:
+        raise InputError(text)
+    print(text)
+    return model
 
 
 # --- Running --------------------------------------------------------------------------

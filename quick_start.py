@@ -11,7 +11,7 @@ Run it:     python quick_start.py        (about 15 seconds on one CPU core)
 
 The last lines should be close to:
 
-    Result on 601 held-out sequences (passes: how often a stack of layers runs for 5 digits)
+    Result on 601 held-out sequences (passes: how many times a stack of layers runs for 5 digits)
     architecture        parameters   seconds  passes  exact match
     encoder-only           101,786       3.8       1       100.0%
     decoder-only           101,760       3.6       6       100.0%
@@ -85,7 +85,7 @@ def main():
             print(f"  epoch {epoch}   train loss {loss:.4f}   validation loss {result['loss']:.4f}"
                   f"   exact match {result['exact_match']:6.1%}")
         seconds = time.perf_counter() - start
-        save_model(model, CHECKPOINTS / file)
+        save_model(model, CHECKPOINTS / file, result["exact_match"], globals())
         examples[name] = result["examples"]
         longest = max((digits for digits, _, _ in result["examples"]), key=len)
         passes = count_passes(model, functools.partial(script.translate, model, [longest]))
@@ -97,8 +97,8 @@ def main():
         print(f" {name}")
         print_examples(shown, NUM_EXAMPLES)
 
-    print(f"\nResult on {len(examples[name])} held-out sequences (passes: how often a stack of "
-          f"layers runs for {len(longest)} digits)")
+    print(f"\nResult on {len(examples[name])} held-out sequences (passes: how many times a stack "
+          f"of layers runs for {len(longest)} digits)")
     print(f"{'architecture':18s}{'parameters':>12s}{'seconds':>10s}{'passes':>8s}"
           f"{'exact match':>13s}")
     for name, parameters, seconds, passes, exact_match in rows:

@@ -21,7 +21,7 @@ NUMBERS = [random.sample([f"{i:0{n}d}" for i in range(10 ** n)], 10 ** n) for n 
 def encode(number):  # "407" -> the token ids of 4 0 7 = four zero seven .
     return [TOKENS.index(t) for t in [*number, "=", *(WORDS[int(digit)] for digit in number), "."]]
 
-# The model, for B rows of T tokens. HEADS heads run in parallel, each with K = D / HEADS numbers.
+# The model, for B rows of T tokens. HEADS heads run in parallel, on vectors of K = D / HEADS.
 def attention(q, k, v):  # (B, HEADS, T, K) each: compare queries with keys, average values
     scores = q @ k.transpose(-2, -1) / q.size(-1) ** 0.5  # (B, HEADS, T, T): q . k / sqrt(K)
     causal = torch.ones_like(scores, dtype=torch.bool).tril()  # no attention to later tokens
@@ -52,11 +52,11 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(D)
 
     def forward(self, tokens):  # (B, T) -> (B, T, 22): a score for each possible next token
-        speeds = 10000.0 ** (-torch.arange(0, D, 2) / D)  # (D / 2,): of the angles, fast to slow
-        angles = torch.arange(tokens.size(1))[:, None] * speeds  # (T, D / 2): grow with position t
+        speeds = 10000.0 ** (-torch.arange(0, D, 2) / D)  # (D / 2,): how fast each angle turns
+        angles = torch.arange(tokens.size(1))[:, None] * speeds  # (T, D / 2): one clock hand each
         positions = torch.stack([angles.sin(), angles.cos()], -1).flatten(1)  # (T, D)
         x = self.blocks(self.embedding[tokens] * D ** 0.5 + positions)  # (B, T, D)
-        return self.norm(x) @ self.embedding.T  # (B, T, 22): small at first, because of the 0.02
+        return self.norm(x) @ self.embedding.T  # (B, T, 22): scores; the 0.02 makes them small
 
 @torch.no_grad()
 def generate(model, tokens, count):  # append the most likely next token, `count` times
@@ -71,7 +71,7 @@ for step in range(1, STEPS + 1):
     numbers = random.choice(NUMBERS)  # one length per step, so that no row needs padding
     batch = random.choices(numbers[len(numbers) // 10:], k=ROWS)
     rows, n = torch.tensor([encode(number) for number in batch]), len(batch[0])
-    logits = model(rows[:, :-1])[:, n:]  # at `= four zero seven`; none sees later tokens
+    logits = model(rows[:, :-1])[:, n:]  # what it predicts at `= four zero seven`
     loss = F.cross_entropy(logits.flatten(0, 1), rows[:, n + 1:].flatten())  # four zero seven .
     optimizer.zero_grad()
     loss.backward()

@@ -15,7 +15,7 @@ Each architecture gets the same sequence in its own format:
 
 Run it:     python toy_dataset.py        (about 3 seconds, nearly all of it importing torch)
 
-It prints the vocabulary, some samples, and the positions of a row that count in the loss.
+It prints the vocabulary, some samples, and the positions in a row that count toward the loss.
 The last lines should be:
 
     disjoint: 0 of 601 validation sequences occur in training
@@ -45,7 +45,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 # =====================================================================================
-# LEGEND - the letters of all scripts; each script says what S and T are in it
+# LEGEND - the letters of all scripts; each script says what S and T mean there
 #   B  batch: rows that are processed together    D  d_model: the size of a token's vector
 #   S  source length: the tokens read             H  heads
 #   T  target length: the tokens written          K  D / H: the size of a head's vectors
@@ -55,7 +55,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 # =====================================================================================
 NUM_SAMPLES = 6000       # distinct sequences, training and validation together
 MAX_DIGITS = 5           # longest sequence; the shortest has one digit
-BATCH_SIZE = 64          # rows per batch
+BATCH_SIZE = 64          # sequences per batch
 VALIDATION_SHARE = 0.1   # fraction of the sequences that is held out
 SEED = 0                 # selects the sequences and the order of the batches
 # =====================================================================================
@@ -68,7 +68,7 @@ WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 WORD_OF = dict(zip(DIGITS, WORDS))
 
 PAD, SOS, EOS, UNK, SEP, MASK = range(6)
-#   PAD   fills short rows up to the longest row of the batch; no real token attends to it
+#   PAD   fills short rows up to the length of the longest one; no real token attends to it
 #   SOS   start of sequence: the first decoder input of the encoder-decoder
 #   EOS   end of sequence: a decoder must learn to predict it, or it never stops
 #   UNK   replaces every token that is not in the vocabulary
@@ -78,7 +78,7 @@ FIRST_ORDINARY = len(SPECIAL_TOKENS)  # the first id of a digit or word
 
 # F.cross_entropy ignores labels with this value, the default of its ignore_index. Labels padded
 # with <PAD> (0) would be risky: if you forget `ignore_index=PAD` once, the model learns to predict
-# padding, without any error.
+# padding, and nothing warns you.
 IGNORE_INDEX = -100
 
 
@@ -134,7 +134,7 @@ def make_sequences(num_samples, max_digits, seed):
     """
     if num_samples > count_distinct(max_digits):
         raise InputError(f"NUM_SAMPLES={num_samples}: only {count_distinct(max_digits)} distinct "
-                         f"sequences of 1 to {max_digits} digits exist: use that many or fewer, "
+                         f"sequences of 1 to {max_digits} digits exist: use at most that many, "
                          f"or raise MAX_DIGITS={max_digits}")
     # subtle: use a separate generator. random.seed() would reseed Python's global generator.
     rng = random.Random(seed)
@@ -228,7 +228,7 @@ def padding_mask(tokens):
 
 
 def collate_fn(items):
-    """Collate items of the dataset into one batch with all that the three architectures need.
+    """Collate dataset items into one batch with everything that the three architectures need.
 
     Here are two rows, `4 0 7` and `9`, as tokens. A dot is <PAD>, or IGNORE_INDEX in labels:
 
@@ -242,9 +242,9 @@ def collate_fn(items):
         pair            4   0   7   SEP   four  zero   seven          9   SEP   nine  .   .   .   .
         pair_labels     .   .   .   four  zero  seven  EOS            .   nine  EOS   .   .   .   .
 
-      encoder-only: also `pair`, but it masks tokens and makes its own labels in every step
+      encoder-only: also `pair`, but it masks tokens and makes its own labels at every step
 
-    Read each column: given the inputs up to this one, predict the label below it.
+    Read down each column: from this input and those before it, predict the label below.
 
     subtle: the labels are the input shifted by one position, and they are shifted only *here*.
     Hugging Face's causal models shift inside the loss. If you pass them shifted labels, the model
@@ -284,7 +284,7 @@ def to_device(batch, device):
 
 
 def create_dataloaders(num_samples=6000, max_digits=5, batch_size=64, seed=0, validation_share=0.1):
-    """Return (training, validation) loaders over disjoint sequences. The first one shuffles."""
+    """Return (training, validation) loaders over disjoint sequences. Only the first shuffles."""
     check(**locals())
     dataset = NumberTranslationDataset(num_samples, max_digits, seed)
     training, validation = dataset.split(validation_share)
@@ -296,8 +296,8 @@ def create_dataloaders(num_samples=6000, max_digits=5, batch_size=64, seed=0, va
         raise InputError(f"BATCH_SIZE={batch_size} is larger than the {len(training)} training "
                          f"sequences: use {len(training)} or less, or raise "
                          f"NUM_SAMPLES={num_samples}")
-    # subtle: the validation loader needs a generator too: even an unshuffled pass draws a seed.
-    # Without one, the seed comes from torch's global generator, so evaluation changes training.
+    # subtle: the validation loader needs a generator too, because even an unshuffled pass draws a
+    # seed. Without one, it comes from torch's global generator, so evaluation changes training.
     train_loader = DataLoader(Subset(dataset, training), batch_size, shuffle=True,
                               collate_fn=collate_fn, generator=torch.Generator().manual_seed(seed))
     val_loader = DataLoader(Subset(dataset, validation), 4 * batch_size, collate_fn=collate_fn,
@@ -326,12 +326,12 @@ def print_attention(weights, queries, keys):
 
 
 def print_label_table(inputs, labels):
-    """Print input ids and label ids (1-D tensors of equal size) as a table, a position per line.
+    """Print input ids and label ids (1-D tensors of equal size) as a table, one position per line.
 
     Print this table for the first batch of every new project. It shows what is hard to see in a
     loss: labels shifted twice, a misplaced <EOS>, a prompt that is scored.
     """
-    print("  position  input    label    counts in the loss?")
+    print("  position  input    label    counts toward the loss?")
     for position, (i, label) in enumerate(zip(inputs.tolist(), labels.tolist())):
         counts = label != IGNORE_INDEX
         shown = VOCABULARY.tokens[label] if counts else str(IGNORE_INDEX)

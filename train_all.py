@@ -2,7 +2,7 @@
 train_all.py - train all three architectures with the techniques of larger models
 
 THE IDEA.  quick_start.py shows that the three architectures learn. This script trains them the way
-larger models are trained. One loop serves all three, and each technique has a constant.
+larger models are trained. One loop serves all three, and a constant turns each technique on.
 
     for each step:
       for each micro-batch:                      gradient accumulation (ACCUMULATION_STEPS)
@@ -72,7 +72,7 @@ BATCH_SIZE = 32          # sequences per micro-batch, limited by memory
 ACCUMULATION_STEPS = 2   # micro-batches per step over all processes, so a step has 64 sequences
 # The optimizer
 NUM_EPOCHS = 4           # 108 steps each
-LEARNING_RATE = 1e-3     # its peak
+LEARNING_RATE = 1e-3     # at its peak
 MIN_LEARNING_RATE = 5e-5  # in the last step
 WARMUP_STEPS = 50
 WEIGHT_DECAY = 0.01      # on matrices, not on norms and biases
@@ -91,7 +91,7 @@ DEVICE = "cpu"           # or "cuda", "mps"
 NUM_THREADS = 1          # CPU threads per process
 # =====================================================================================
 
-# These constants affect only how a run is carried out, so they may change before it is resumed.
+# These constants affect only how a run is carried out, so you may change them before you resume it.
 FREE_TO_CHANGE = {"RESUME_EVERY", "PROFILE_STEPS", "DEVICE", "NUM_THREADS"}
 RUNS = ROOT / "runs"
 UNFINISHED = RUNS / "unfinished.pt"
@@ -114,8 +114,8 @@ def steps_per_epoch(num_sequences):
 def micro_batches(step, num_sequences):
     """Return {number: indices of sequences} for the micro-batches of this process in `step`.
 
-    SEED and step alone say which they are. So one integer is enough to resume, and no generator's
-    state has to be saved. Process r of WORLD gets numbers r, r + WORLD, and so on.
+    SEED and step alone say which they are. So one integer is enough to resume, and there is no
+    generator's state to save. Process r of WORLD gets numbers r, r + WORLD, and so on.
     """
     epoch, place = divmod(step, steps_per_epoch(num_sequences))
     generator = torch.Generator().manual_seed((SEED * 100_003 + epoch) % 2 ** 63)
@@ -225,7 +225,7 @@ def train(name, device, settings, done, state):
             profile.stop()
             say(profile.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=5))
         epoch_ends = (step + 1) % per_epoch == 0
-        if epoch_ends and RANK == 0:  # the others wait for its gradients in the next step
+        if epoch_ends and RANK == 0:  # the others wait for rank 0's gradients in the next step
             evaluate(script, name, plain_model, val_loader, record, per_epoch)
         record["seconds"] = time.perf_counter() - start
         if (epoch_ends or (step + 1) % RESUME_EVERY == 0) and RANK == 0:
@@ -421,7 +421,7 @@ def run():
             save_unfinished(settings, done)
             model = model_class(len(VOCABULARY), D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF, DROPOUT)
             model.load_state_dict(done[name]["weights"])
-            all_saved &= save_model(model, CHECKPOINTS / file)
+            all_saved &= save_model(model, CHECKPOINTS / file, done[name]["best"][0], globals())
     if RANK == 0:
         append_to_log(settings, done)
         if all_saved:  # otherwise the next run tries again

@@ -33,7 +33,7 @@ def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
     """Return the factor for the learning rate at `step`: linear warmup, then cosine decay.
 
     Adam divides an average of the gradients by an average of their size. Warmup (Vaswani et al.
-    2017, section 5.3) keeps the steps small while these averages are based on few gradients (Liu
+    2017, section 5.3) keeps the steps small while these averages rest on only a few gradients (Liu
     et al. 2020, RAdam). Decay (Loshchilov and Hutter 2017) lets the model get closer to a minimum.
     """
     if step < warmup_steps:
@@ -91,7 +91,7 @@ def score(model, loader, logits_and_labels, translate):
     """Evaluate `model` on `loader` with two functions of its script. Returns a dict with:
 
     loss         mean cross-entropy over the labels
-    accuracy     fraction of labels that are the most likely token
+    accuracy     fraction of labels that the model ranks first
     exact_match  fraction of sequences that `translate` gets entirely correct
     examples     (digits, expected words, generated words) of each sequence, mistakes first
     """
@@ -164,7 +164,7 @@ def activation_bytes(script, model, batch):
 
 
 # --- 5. Measuring, for tables and figures ---------------------------------------------
-def train_for(script, model, train_loader, num_steps, learning_rate, warmup_steps, clip_norm,
+def train_for(compute_loss, model, train_loader, num_steps, learning_rate, warmup_steps, clip_norm,
               watch=None):
     """Train for `num_steps` plain steps and return the model.
 
@@ -179,7 +179,7 @@ def train_for(script, model, train_loader, num_steps, learning_rate, warmup_step
             batch = next(loader)
         start = time.perf_counter()
         model.train()
-        loss = script.compute_loss(model, to_device(batch, device))
+        loss = compute_loss(model, to_device(batch, device))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)

@@ -14,8 +14,8 @@ import csv
 import io
 import math
 
-from housekeeping import (CHECKPOINTS, ROOT, InputError, choose_device, prepare, run_script,
-                          write_atomically)
+from housekeeping import (CHECKPOINTS, ROOT, InputError, choose_device, load_model, prepare,
+                          run_script, write_atomically)
 import matplotlib
 
 matplotlib.use("Agg")  # draws into files, without a display
@@ -102,7 +102,7 @@ def train_small(name):
             undertrained.append(copy.deepcopy(model).eval())
 
     num_steps = TRAIN_EPOCHS * len(train_loader)
-    train_for(script, model, train_loader, num_steps, LEARNING_RATE, WARMUP_STEPS,
+    train_for(script.compute_loss, model, train_loader, num_steps, LEARNING_RATE, WARMUP_STEPS,
                         CLIP_NORM, watch)
     return model, curves, undertrained[0]
 
@@ -112,7 +112,7 @@ def load_models():
     models, origins, curves, undertrained = {}, {}, {}, {}
     for name, (_, model_class, file) in ARCHITECTURES.items():
         try:
-            model = model_class.load(CHECKPOINTS / file, DEVICE).eval()
+            model = load_model(model_class, CHECKPOINTS / file, DEVICE, at_least=0.9)
             origin = f"checkpoints/{file}"
         except InputError as error:
             print(f"{name}: {error}. Training a small model instead", flush=True)
@@ -378,7 +378,7 @@ def softmax_scaling():
 @torch.inference_mode()
 def sampling_strategies(undertrained):
     model = undertrained["decoder-only"]
-    prefix = decoder_only.most_uncertain(model, create_dataloaders(seed=SEED)[1])
+    prefix = [*SENTENCE.split(), "<SEP>"]
     logits = model(torch.tensor([VOCABULARY.encode(prefix)]))[:, -1]  # (1, V)
     shown = logits[0].topk(10).indices
     names = [VOCABULARY.tokens[i] for i in shown]

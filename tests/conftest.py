@@ -207,7 +207,20 @@ def workplace(tmp_path):
     return Workplace(tmp_path)
 
 
-TINY = {"D_MODEL": 12, "NUM_HEADS": 3, "NUM_LAYERS": 2, "D_FF": 20, "DROPOUT": 0.1,
+def steps_of(script, monkeypatch):
+    """A list that receives (digits, output weights before it, loss) of each training step."""
+    steps, compute_loss = [], script.compute_loss
+
+    def watch(model, batch):
+        loss = compute_loss(model, batch)
+        steps.append((batch["digits"], model.output.weight.detach().clone(), loss.item()))
+        return loss
+
+    monkeypatch.setattr(script, "compute_loss", watch)
+    return steps
+
+
+TINY = {"D_MODEL": 12, "NUM_HEADS": 3, "NUM_LAYERS": 1, "D_FF": 20, "DROPOUT": 0.1,
         "NUM_SAMPLES": 150, "MAX_DIGITS": 3, "VALIDATION_SHARE": 0.2, "BATCH_SIZE": 10,
         "ACCUMULATION_STEPS": 4, "NUM_EPOCHS": 2, "WARMUP_STEPS": 2, "RESUME_EVERY": 2}  # fmt: skip
 

@@ -2,7 +2,8 @@
 
     python tests/measure_tries.py         the "Try" comments of the architecture scripts, and the
                                           constants of the guide's table 11.1 (about 10 minutes)
-    python tests/measure_tries.py NAME    an experiment: fine_tuning, few_sequences, or ablations
+    python tests/measure_tries.py NAME    an experiment: break_it (every change of that page, 10
+                                          minutes), fine_tuning, few_sequences, or ablations
 
 It prints each measured range next to the claimed range, then the number of wrong claims: those
 that miss the measured range by more than TOLERANCE. Not collected by pytest.
@@ -12,6 +13,7 @@ import concurrent.futures
 import os
 import random
 import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -77,6 +79,49 @@ def check_claims():
 # --- experiments for the guide's tables --------------------------------------------
 def percent(scores):
     return f"{100 * min(scores):5.1f} -{100 * max(scores):6.1f}"
+
+
+def changes():
+    """Every (title, [(old lines, new lines), ...]) of guide/break_it.md: the headings and diffs."""
+    text = (ROOT / "guide" / "break_it.md").read_text(encoding="utf-8")
+    for title, body in re.findall(r"^### (.*)\n((?:(?!##).*\n)*)", text, flags=re.MULTILINE):
+        diffs = []
+        for diff in re.findall(r"```diff\n(.*?)```", body, flags=re.DOTALL):
+            sides = [[line[1:] for line in diff.splitlines() if line[0] == sign] for sign in "-+"]
+            diffs.append(["\n".join(side) for side in sides])
+        if diffs:
+            yield title, diffs
+
+
+def run_changed(diffs, seed):
+    """Run tiny_gpt.py with the changes. Returns (loss at step 400, exact match, an answer)."""
+    source = (ROOT / "tiny_gpt.py").read_text(encoding="utf-8")
+    for old, new in [*diffs, ("SEED, STEPS", "SEED, STEPS")]:
+        assert source.count(old) == 1, f"tiny_gpt.py has not exactly one: {old}"
+        source = source.replace(old, new)
+    source = re.sub(r"(HEADS, LAYERS = )0,", rf"\g<1>{seed},", source)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "tiny_gpt.py")
+        path.write_text(source, encoding="utf-8")
+        done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True)
+    if done.returncode:
+        return None
+    answers = re.findall(r"^(\d \d \d = .*)$", done.stdout, flags=re.MULTILINE)
+    return (float(re.search(r"step 400   loss (\S+)", done.stdout)[1]),
+            float(re.search(r"numbers: ([\d.]+)%", done.stdout)[1]), answers[0])
+
+
+def break_it():
+    """What every change of guide/break_it.md does: a line per change, with three seeds."""
+    print("change                                loss at step 400   exact match, %   an answer")
+    for title, diffs in [("nothing", []), *changes()]:
+        results = [run_changed(diffs, seed) for seed in SEEDS[:3]]
+        if None in results:
+            print(f"{title:36s}  ends in an error", flush=True)
+            continue
+        losses, scores, answers = zip(*results)
+        print(f"{title:36s} {min(losses):8.3f} -{max(losses):7.3f}   {min(scores):5.1f} -"
+              f"{max(scores):6.1f}   {answers[0]}", flush=True)
 
 
 def fine_tuning():
@@ -157,7 +202,7 @@ def ablations():
 
 
 def main():
-    experiments = {f.__name__: f for f in (fine_tuning, few_sequences, ablations)}
+    experiments = {f.__name__: f for f in (break_it, fine_tuning, few_sequences, ablations)}
     if not sys.argv[1:]:
         sys.exit(check_claims() > 0)
     import torch

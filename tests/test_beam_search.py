@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from conftest import random_model, random_models
+from conftest import close, random_model, random_models
 from encoder_decoder import best_candidates, record_beam_search, translate
 from housekeeping import InputError
 from toy_dataset import EOS, SOS, VOCABULARY
@@ -43,7 +43,8 @@ def plain_beam_search(model, source, width, limit):
         candidates = []
         for total, ids in hypotheses:
             logits = model(torch.tensor([source]), torch.tensor([[SOS, *ids]]))[0, -1]
-            candidates += [(total + p, ids + [t]) for t, p in enumerate(logits.log_softmax(0).tolist())]
+            log_p = logits.log_softmax(0).tolist()
+            candidates += [(total + p, ids + [t]) for t, p in enumerate(log_p)]
         candidates = sorted(candidates, reverse=True)[:2 * width]
         hypotheses = [c for c in candidates if c[1][-1] != EOS and length < limit][:width]
         steps.append([(ids, total, ids[-1] == EOS or length == limit) for total, ids in candidates
@@ -122,8 +123,7 @@ def test_best_candidates_reproduce_the_example_in_the_comment():
     """Step 2 of the example before `beam_steps`, with a = 0, b = 1, and <EOS> = 2."""
     log_p = torch.tensor([[-1.1, -1.2, -1.0], [-0.1, -2.9, -3.2]])
     sums, parent, token = best_candidates(torch.tensor([[-0.5, -1.2]]), log_p, 2)
-    expected = torch.tensor([[-1.3, -1.5, -1.6, -1.7]])
-    torch.testing.assert_close(sums, expected, atol=0.01, rtol=0)
+    close(sums, torch.tensor([[-1.3, -1.5, -1.6, -1.7]]), 0.01)
     assert parent.tolist() == [[1, 0, 0, 0]] and token.tolist() == [[0, 2, 0, 1]]
 
 

@@ -22,13 +22,18 @@ def batch_of(*numbers):
     return collate_fn([make_item(list(number)) for number in numbers])
 
 
+def rows_of(loader):
+    return [tuple(digits) for batch in loader for digits in batch["digits"]]
+
+
 # --- Vocabulary -----------------------------------------------------------------------
 def test_the_vocabulary_has_26_tokens_with_special_ids_first():
     assert VOCABULARY.tokens == SPECIAL_TOKENS + DIGITS + WORDS and len(VOCABULARY) == 26
     assert VOCABULARY.encode(SPECIAL_TOKENS) == [PAD, SOS, EOS, UNK, SEP, MASK] == [*range(6)]
-    assert FIRST_ORDINARY == 6 and VOCABULARY.encode("4 four") == [10, 20]
-    assert WORD_OF == {str(i): word for i, word in enumerate(
-        "zero one two three four five six seven eight nine".split())}
+    assert FIRST_ORDINARY == 6 and VOCABULARY.encode("4 four") == [10, 20] and DIGITS[7] == "7"
+    assert WORDS == "zero one two three four five six seven eight nine".split()
+    assert WORD_OF == dict(zip("0123456789", WORDS))
+    assert VOCABULARY.decode(torch.arange(26)) == VOCABULARY.decode(range(26)) == VOCABULARY.tokens
 
 
 @given(st.lists(st.text(alphabet=st.characters(exclude_categories=("Z", "C")), min_size=1)))
@@ -36,12 +41,6 @@ def test_any_text_encodes_with_unknown_tokens_as_unk(tokens):
     ids = VOCABULARY.encode(tokens)
     assert ids == [VOCABULARY.ids.get(token, UNK) for token in tokens]
     assert VOCABULARY.encode(" ".join(tokens)) == ids
-
-
-@given(st.lists(st.integers(0, 25)))
-def test_decoding_inverts_encoding(ids):
-    assert VOCABULARY.encode(VOCABULARY.decode(ids)) == ids
-    assert VOCABULARY.decode(torch.tensor(ids, dtype=torch.long)) == VOCABULARY.decode(ids)
 
 
 @pytest.mark.parametrize("tokens", [[4, 0, 7], [None], ["4", 0], 4, None])
@@ -64,28 +63,21 @@ def test_sequences_are_distinct_balanced_and_reproducible(max_digits, data):
         assert count == 10 ** length or count >= max(counts) - 1
 
 
-def test_every_distinct_sequence_can_be_requested_but_no_more():
-    assert len(make_sequences(110, 2, 0)) == 110
-    with pytest.raises(ValueError, match="110"):
-        make_sequences(111, 2, 0)
-
-
 def test_sequences_are_shuffled_and_the_split_is_ordered_by_length():
     sequences = make_sequences(600, 4, 0)
     lengths = [len(sequence) for sequence in sequences]
     assert lengths != sorted(lengths) and sequences != make_sequences(600, 4, 1)
     dataset = NumberTranslationDataset(600, 4, 0)
-    assert [item["digits"] for item in dataset.items] == sequences
+    assert [item["digits"] for item in dataset] == sequences
     for indices in dataset.split(0.2):
         lengths = [len(dataset[i]["digits"]) for i in indices]
         assert lengths == sorted(lengths) and set(lengths) == {1, 2, 3, 4}
 
 
 def test_training_and_validation_share_no_sequence():
-    rows = [[tuple(digits) for batch in loader for digits in batch["digits"]]
-            for loader in create_dataloaders(2000, 4, 64, seed=3)]
-    assert len(rows[0]) + len(rows[1]) == 2000 == len({*rows[0], *rows[1]})
-    assert len(rows[1]) == pytest.approx(200, abs=40)
+    training, validation = map(rows_of, create_dataloaders(2000, 4, 64, seed=3))
+    assert len(training) + len(validation) == 2000 == len({*training, *validation})
+    assert len(validation) == pytest.approx(200, abs=40)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.125, 0.5])
@@ -96,10 +88,8 @@ def test_the_checksum_alone_decides_what_is_held_out(share):
 
 
 def test_no_script_trains_on_what_another_one_holds_out():
-    _, validation = create_dataloaders(2000, 4, 64, 3, 0.1)
-    training, _ = create_dataloaders(5000, 5, 32, 7, 0.125)
-    held_out = {tuple(item["digits"]) for item in validation.dataset}
-    assert held_out and not held_out & {tuple(item["digits"]) for item in training.dataset}
+    held_out = {*rows_of(create_dataloaders(2000, 4, 64, 3, 0.1)[1])}
+    assert held_out and not held_out & {*rows_of(create_dataloaders(5000, 5, 32, 7, 0.125)[0])}
 
 
 # --- Loaders --------------------------------------------------------------------------
@@ -113,19 +103,17 @@ def test_loaders_follow_their_arguments():
     training, validation = create_dataloaders()
     assert (len(training), len(training.dataset), len(validation.dataset)) == (85, 5399, 601)
     assert max(len(item["digits"]) for item in training.dataset) == 5
+    assert len(create_dataloaders(batch_size=5399)[0]) == 1  # all rows in one batch
 
 
 def test_each_shuffled_epoch_has_another_order_of_the_same_rows():
-    def epoch(loader):
-        return [tuple(digits) for batch in loader for digits in batch["digits"]]
-
     training, validation = create_dataloaders(400, 4, 32, 3)
-    first, second = epoch(training), epoch(training)
+    first, second = rows_of(training), rows_of(training)
     assert first != second and sorted(first) == sorted(second)
     assert len(set(first)) == len(first) == len(training.dataset)
-    held_out = [tuple(item["digits"]) for item in validation.dataset]
-    assert epoch(validation) == epoch(validation) == held_out  # in order, each row once
-    again, other = (epoch(create_dataloaders(400, 4, 32, seed)[0]) for seed in (3, 2))
+    in_order = [tuple(item["digits"]) for item in validation.dataset]
+    assert rows_of(validation) == rows_of(validation) == in_order
+    again, other = (rows_of(create_dataloaders(400, 4, 32, seed)[0]) for seed in (3, 2))
     assert again == first and other != first
 
 
@@ -141,16 +129,12 @@ def test_loading_data_leaves_the_global_generators_alone():
     ({"num_samples": 10.5}, "num_samples=10.5"), ({"num_samples": -1}, "num_samples=-1"),
     ({"batch_size": None}, "batch_size=None"), ({"validation_share": 0}, "validation_share=0"),
     ({"num_samples": 4}, "NUM_SAMPLES=4"), ({"batch_size": 5400}, "BATCH_SIZE=5400 is larger"),
-    ({"num_samples": 1111, "max_digits": 3}, "only 1110 distinct"),
+    ({"num_samples": 111, "max_digits": 2}, "only 110 distinct"),
     ({"num_samples": 10, "max_digits": 1, "batch_size": 1, "validation_share": 1}, "leaves 0")])
 def test_data_that_cannot_be_made_is_rejected_by_name(options, words):
     with pytest.raises(ValueError, match=words) as error:
         create_dataloaders(**options)
     assert "use " in str(error.value)
-
-
-def test_a_batch_may_hold_all_training_rows():
-    assert len(create_dataloaders(6000, batch_size=5399)[0]) == 1
 
 
 # --- The batch ------------------------------------------------------------------------
@@ -159,11 +143,6 @@ def test_an_item_spells_its_digits_and_rejects_others():
                                 "words": ["four", "zero", "seven"], "target": [20, 16, 23]}
     with pytest.raises(ValueError, match="'x' is unknown"):
         make_item(["4", "x"])
-
-
-def test_items_are_tokenized_only_once():
-    dataset = NumberTranslationDataset(50, 3, 0)
-    assert dataset[7] is dataset[7]
 
 
 def test_the_batch_is_the_one_drawn_in_the_docstring():
@@ -182,19 +161,7 @@ def test_the_batch_is_the_one_drawn_in_the_docstring():
 
 @given(digit_rows)
 @settings(deadline=None)
-def test_eos_follows_the_last_word_and_padding_follows_eos(rows):
-    batch = batch_of(*rows)
-    for i, digits in enumerate(rows):
-        answer = [*VOCABULARY.encode([WORD_OF[d] for d in digits]), EOS]
-        for name, before in (("labels", []), ("pair_labels", [IGNORE_INDEX] * len(digits))):
-            row = batch[name][i].tolist()
-            end = len(before) + len(answer)
-            assert row[:end] == before + answer and set(row[end:]) <= {IGNORE_INDEX}
-
-
-@given(digit_rows)
-@settings(deadline=None)
-def test_labels_are_the_input_shifted_by_exactly_one(rows):
+def test_labels_are_the_input_shifted_by_one_and_end_in_eos(rows):
     batch = batch_of(*rows)
     for inputs, labels in (("decoder_input", "labels"), ("pair", "pair_labels")):
         assert batch[inputs].shape == batch[labels].shape
@@ -214,7 +181,7 @@ def test_masks_hide_only_padding_and_labels_are_never_pad(rows):
         assert torch.equal(mask[:, 0, 0], ids != PAD)
     for labels in (batch["labels"], batch["pair_labels"]):
         assert (labels != PAD).all()
-        assert (labels != IGNORE_INDEX).sum() == sum(len(row) + 1 for row in rows)
+        assert (labels != IGNORE_INDEX).sum(1).tolist() == [len(row) + 1 for row in rows]
 
 
 def test_to_device_moves_tensors_and_keeps_strings():
@@ -237,7 +204,7 @@ def test_printed_tables_show_what_they_are_given(capsys):
     toy_dataset.print_attention(torch.tensor([[0.25, 0.75, 0.0]]), ["-> one"], ["4", "0", "7"])
     toy_dataset.print_examples([("4", ["four"], ["five"]), ("7", ["seven"], ["seven"]), "no"], 2)
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
-        "  position  input    label    counts in the loss?",
+        "  position  input    label    counts toward the loss?",
         "         0  7        -100     no",
         "         1  <SEP>    seven    yes",
         "         2  seven    <EOS>    yes",

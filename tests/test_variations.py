@@ -24,7 +24,7 @@ import rotary_positions
 import sliding_window
 from decoder_only import DecoderOnlyTransformer, attention, causal_mask
 from encoder_decoder import EncoderDecoderTransformer
-from test_blocks import random_weights
+from conftest import random_weights
 from toy_dataset import EOS, PAD, SEP
 
 VARIATIONS = [

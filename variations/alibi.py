@@ -1,5 +1,5 @@
 """
-alibi.py - encode positions by a penalty on distance (ALiBi)
+alibi.py - encode positions with a penalty for distance (ALiBi)
 
 THE IDEA.  Add nothing to the tokens. Instead, subtract from each score an amount that grows with
 the distance between query and key: near keys get more weight, unless a distant one matches much
@@ -37,8 +37,9 @@ SEED = 0
 def slopes_of(num_heads):
     """Return the slopes of n = num_heads heads, (H,): 2^(-8/n), 2^(-16/n), ..., 2^-8.
 
-    That is for a power of two. For others, the authors' code takes the slopes of the next smaller
-    power p, then every second slope of those for 2p: with 3 heads, 1/16, 1/256, and 1/4.
+    This rule works if n is a power of two. For any other n, the authors' code takes the slopes for
+    the next smaller power p, then fills in with every other slope for 2p: with 3 heads, 1/16,
+    1/256, and 1/4.
     """
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
@@ -49,9 +50,10 @@ def slopes_of(num_heads):
 def distances(queries, keys):
     """Return (queries, keys): how far each key lies before each query; negative for later keys.
 
-    subtle: it is built over the length of the keys. With a cache, there is a single query, but keys
-    for all tokens. Padding on the left moves queries and keys alike. (An error in the position of a
-    query would cancel in the softmax. Bloom adds slope * position of the key.)
+    subtle: count from the keys, not the queries. With a cache, there is one query but a key for
+    every token. Left padding shifts queries and keys by the same amount, so distances stay correct.
+    (An error in a query's position would cancel in the softmax anyway, which is why Bloom can add
+    slope * position of the key.)
     """
     return torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)  # (T, S)
 
@@ -76,10 +78,10 @@ def use_alibi(model, slopes=None):
     return model
 
 
-# --- The proof ------------------------------------------------------------------------
+# --- The check ------------------------------------------------------------------------
 @torch.no_grad()
 def prove_it():
-    print("The proof: largest differences, in float64")
+    print("The check: largest differences, in float64")
     tokens = torch.tensor([[10, 6, 13, 4, 20, 16, 23], [9, 15, 4, 19, 25, 8, 7]])
     base, model = new_model(0).double(), use_alibi(new_model(0)).double()
     base.positional_encoding = Positions()
@@ -115,7 +117,7 @@ def main():
             print_row(f"{name}, seed {seed}", cells)
         results.append([f"{cells[1]:.1%}" for cells in rows.values()])
     print("\nWhat this size cannot show: ALiBi was made for language modeling, where most of what "
-          "matters\nis close. Here, the distance between a word and its digit grows with the row.")
+          "matters\nis close. Here, the longer the input, the farther a word is from its digit.")
     base, variation = results[0]  # on 6 digits, first seed
     return {"base": base, "variation": variation}
 

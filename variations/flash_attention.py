@@ -1,7 +1,7 @@
 """
 flash_attention.py - the same attention in tiles, without the T x T matrix
 
-THE IDEA.  The formula of attention stores a score for every pair of query and key: T x T numbers
+THE IDEA.  The attention formula stores a score for every query-key pair: T x T numbers
 per head. But each result is only a weighted average, and an average can be updated piece by piece.
 Take the keys in tiles, and keep three things per query: the largest score m so far, the sum of the
 exponentials exp(score - m), and the sum of the values weighted by them (Milakov and Gimelshein
@@ -53,7 +53,7 @@ class FlashAttention(torch.autograd.Function):
         scores = scores / math.sqrt(queries.size(-1))
         if mask is None:
             return scores
-        # A mask of padding has one row for all queries.
+        # A padding mask has a single row, which serves all queries.
         mask = mask[..., rows if mask.size(-2) > 1 else slice(None), columns]
         return scores.masked_fill(~mask, -math.inf)
 
@@ -103,15 +103,15 @@ class FlashAttention(torch.autograd.Function):
 
 
 def flash_attention(queries, keys, values, mask=None, dropout=0.0):
-    """Take the place of `attention`. Returns (result, None): the weights are never stored."""
+    """A drop-in replacement for `attention`. Returns (result, None), as it stores no weights."""
     if dropout:
         raise ValueError("flash_attention has no dropout: use DROPOUT = 0.0")
     return FlashAttention.apply(queries, keys, values, mask), None
 
 
-# --- The proof ------------------------------------------------------------------------
+# --- The check ------------------------------------------------------------------------
 def prove_it():
-    print("The proof: largest differences, in float64")
+    print("The check: largest differences, in float64")
     torch.manual_seed(0)
     shapes = (2, 3, 150, 8), (2, 3, 170, 8), (2, 3, 170, 8)  # not multiples of TILE
     padding = (torch.arange(170) < torch.tensor([170, 90])[:, None])[:, None, None]

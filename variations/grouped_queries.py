@@ -31,8 +31,8 @@ from housekeeping import check, run_script
 # =====================================================================================
 FULL = False             # True: three seeds instead of one
 NUM_EPOCHS = 4           # passes over the training data, for each model
-UPTRAINING_EPOCHS = 1    # passes after the conversion of a trained model
-UPTRAINING_RATE = 1e-3   # its learning rate: lower, because the model is already trained
+UPTRAINING_EPOCHS = 1    # passes after converting a trained model
+UPTRAINING_RATE = 1e-3   # for those passes; lower, because the model is already trained
 NUM_HEADS = 4
 SEED = 0
 # =====================================================================================
@@ -72,35 +72,36 @@ class GroupedQueryAttention(MultiHeadAttention):
         return self.w_o(self.merge_heads(result)), weights
 
 
-def use_grouped_queries(model, key_heads, average=True):
+def use_grouped_queries(model, key_heads, shared="mean"):
     """Give a model of decoder_only.py grouped queries. Returns the model.
 
-    average  each shared head is the mean of the heads that it replaces (Ainslie et al. 2023,
-             section 2.1); with key_heads = num_heads, nothing changes. False: new random heads
+    shared  what a shared head is: the "mean" of the heads that it replaces (Ainslie et al. 2023,
+            section 2.1), the "first" of them, or a new "random" one. With key_heads = num_heads,
+            mean and first change nothing
     """
     heads, d_model = model.arguments["num_heads"], model.arguments["d_model"]
 
     def make(_, old):
         new = GroupedQueryAttention(d_model, heads, key_heads, old.dropout)
-        if not average:
+        if shared == "random":
             return new
         state = old.state_dict()
         for name in ("w_k", "w_v"):
             for part in ("weight", "bias"):
                 value = state[f"{name}.{part}"]  # (D, ...): the rows of H heads
                 value = value.view(key_heads, heads // key_heads, -1, *value.shape[1:])
-                # (G, H / G, K, ...) -> (G * K, ...)
-                state[f"{name}.{part}"] = value.mean(1).flatten(0, 1)
+                value = value.mean(1) if shared == "mean" else value[:, 0]  # (G, K, ...)
+                state[f"{name}.{part}"] = value.flatten(0, 1)
         new.to(old.w_q.weight).load_state_dict(state)
         return new
 
     return replace_attention(model, make, ("MultiHeadAttention", "GroupedQueryAttention"))
 
 
-# --- The proof ------------------------------------------------------------------------
+# --- The check ------------------------------------------------------------------------
 @torch.no_grad()
 def prove_it():
-    print("The proof: largest differences, in float64")
+    print("The check: largest differences, in float64")
     tokens = torch.tensor([[10, 6, 13, 4, 20, 16, 23], [9, 15, 4, 19, 25, 8, 7]])
     base = new_model(0, num_heads=NUM_HEADS).double()
     model = use_grouped_queries(new_model(0, num_heads=NUM_HEADS), NUM_HEADS).double()
@@ -125,30 +126,34 @@ def main():
     torch.set_num_threads(1)
     prove_it()
     key_heads = [g for g in range(NUM_HEADS, 0, -1) if NUM_HEADS % g == 0]
-    print(f"\nThe measurement: exact match on held-out sequences, {NUM_HEADS} query heads. "
-          "Averaged: a trained\nmulti-head model whose heads are averaged. Trained on: the same "
-          f"after {UPTRAINING_EPOCHS} more epoch(s)")
-    print(f"  {'key heads':12s}{'parameters':>12s}{'cache, bytes per token':>25s}"
-          f"{'from scratch':>14s}{'averaged':>10s}{'trained on':>12s}")
+    print(f"\nThe measurement: exact match on held-out sequences, {NUM_HEADS} query heads. Then, "
+          f"after {UPTRAINING_EPOCHS} epoch(s),\na trained multi-head model with shared heads (the "
+          "mean, the first, or random ones), and a new model")
+    print(f"  {'key heads':12s}{'parameters':>11s}{'bytes per token':>17s}{'from scratch':>14s}"
+          f"{'mean, at once':>15s}{'mean':>8s}{'first':>8s}{'random':>8s}{'new':>8s}")
     results = []
     for seed in range(SEED, SEED + (3 if FULL else 1)):
         trained = None
         for count in key_heads:
-            model = use_grouped_queries(new_model(seed, num_heads=NUM_HEADS), count, average=False)
+            def new(count=count, seed=seed):
+                return use_grouped_queries(new_model(seed, num_heads=NUM_HEADS), count, "random")
+
+            model = new()
             scratch = train(model, NUM_EPOCHS, seed)
             cells = f"{scratch:14.1%}"
             if trained is None:
                 trained = model
             else:
-                converted = use_grouped_queries(copy.deepcopy(trained), count)
-                before = evaluate_held_out(converted, seed)
-                after = train(converted, UPTRAINING_EPOCHS, seed, learning_rate=UPTRAINING_RATE)
-                cells += f"{before:10.1%}{after:12.1%}"
-            print(f"  {f'{count}, seed {seed}':12s}{count_parameters(model):12,d}"
-                  f"{cache_bytes(model, 1):25,d}{cells}", flush=True)
+                starts = [use_grouped_queries(copy.deepcopy(trained), count, shared)
+                          for shared in ("mean", "first", "random")] + [new()]
+                cells += f"{evaluate_held_out(starts[0], seed):15.1%}" + "".join(
+                    f"{train(start, UPTRAINING_EPOCHS, seed, learning_rate=UPTRAINING_RATE):8.1%}"
+                    for start in starts)
+            print(f"  {f'{count}, seed {seed}':12s}{count_parameters(model):11,d}"
+                  f"{cache_bytes(model, 1):17,d}{cells}", flush=True)
             results.append(f"{scratch:.1%}, {cache_bytes(model, 1)} bytes")
-    print("\nWhat this size cannot show: how much time a smaller cache saves. With one short row,"
-          "\nit is small next to the weights. Also, this task needs few heads.")
+    print("\nWhat this size cannot show: how much time a smaller cache saves. With one short"
+          "\nrow, even the full cache is tiny next to the weights, and this task needs few heads.")
     # Of the first seed: all heads, and one key head
     return {"base": results[0], "variation": results[len(key_heads) - 1]}
 

@@ -1,16 +1,17 @@
 """
 latent_attention.py - cache one small vector per token instead of keys and values
 
-THE IDEA.  Compress each token to a small vector, its latent, and compute the keys and values of all
-heads from it (DeepSeek-V2, 2024, section 2.1.2, multi-head latent attention). Only the latents are
-cached: R numbers per token and layer instead of 2 D.
+THE IDEA.  Compress each token into a small vector, its latent, and compute the keys and values of
+all heads from it (DeepSeek-V2, 2024, section 2.1.2, multi-head latent attention). Only the latents
+are cached: R numbers per token per layer instead of 2 D.
 
     token's vector (D) -> latent (R) -> keys   (H heads of K)        cached: the latent
-                                     -> values (H heads of K)        expanded again in every step
+                                     -> values (H heads of K)        expanded again at every step
 
 Each step would expand all cached latents again. But expanding a latent c to a key U c is linear, so
-U can move to the query: q . (U c) = (U^T q) . c. (It is *absorbed*.) The expansion of values can
-move after the weighted average. Then attention runs on the latents alone, with the same result.
+U can move to the query: q . (U c) = (U^T q) . c. (The query is said to *absorb* U.) The expansion
+of values can move after the weighted average. Then attention runs on the latents alone, with the
+same result.
 
 Run it:     python variations/latent_attention.py        (about 25 seconds on one CPU core)
 """
@@ -105,10 +106,10 @@ def absorb(model, absorbed=True):
         layer.self_attention.absorbed = absorbed
 
 
-# --- The proof ------------------------------------------------------------------------
+# --- The check ------------------------------------------------------------------------
 @torch.no_grad()
 def prove_it():
-    print("The proof: largest differences, in float64")
+    print("The check: largest differences, in float64")
     tokens = torch.tensor([[10, 6, 13, 4, 20, 16, 23], [9, 15, 4, 19, 25, 8, 7]])
     base = new_model(0).double()
     model = use_latents(new_model(0), 64).double()
@@ -166,7 +167,7 @@ def main():
                   f"{cache_bytes(model, 1):25,d}{exact:13.1%}", flush=True)
             results.setdefault(latent, f"{exact:.1%}, {cache_bytes(model, 1)} bytes")
     show_times()
-    print("\nWhat this size cannot show: how small a latent may be in a model of language. "
+    print("\nWhat this size cannot show: how small a latent can be in a language model. "
           "DeepSeek-V2\ncaches 512 numbers, and 64 for the rotary key.")
     return {"base": results[None], "variation": results[4]}
 

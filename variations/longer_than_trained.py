@@ -9,15 +9,15 @@ vector, chosen by its distance from the query. From CLIP = 2 on, all distances s
     query minus key    ... -4  -3  -2  -1   0   1   2   3   4 ...
     vector               r0  r0  r0  r1  r2  r3  r4  r4  r4             score = q . (k + r)
 
-So a digit can only be found by its distance if it is close. The query that *predicts* a word gets
+So distance can point only to a nearby digit. The query that *predicts* a word gets
 the position of that word's digit:
 
     encoder-decoder    source and target count from 0; cross-attention gets the vectors, too. <EOS>
                        ends the source, so the query that predicts <EOS> finds a token there.
     decoder-only       digits 4 0 7 <SEP> four zero seven      <SEP> predicts four, so the count
                        count  0 1 2   0     1    2    3        restarts there (Cho et al. 2024)
-Together, this builds in knowledge of the task: word i depends on digit i and on nothing far away.
-It would not help for sorting. With FULL = True, the table shows what each does alone.
+Together, these changes build in knowledge of the task: word i depends on digit i and on nothing far
+away. They would not help with sorting. With FULL = True, the table shows what each does alone.
 
 Run it:     python variations/longer_than_trained.py        (about 30 seconds on one CPU core)
 """
@@ -43,7 +43,7 @@ from toy_dataset import EOS, SEP, exact_match
 # =====================================================================================
 FULL = False             # True: every way with three seeds, about 25 minutes
 NUM_EPOCHS = 6           # passes over the training data, which has up to five digits
-CLIP = 2                 # from this distance on, all share a vector
+CLIP = 2                 # distances this large or larger share one vector
 SEED = 0
 # =====================================================================================
 LENGTHS = (6, 8, 12, 20, 40)
@@ -131,14 +131,14 @@ def build(model_class, way, seed, **arguments):
     return model
 
 
-def end_source(item):  # so that the digits of an item of the dataset end with <EOS>
+def end_source(item):  # append <EOS> to an item's digits
     return {**item, "digits": item["digits"] + ["<EOS>"], "source": item["source"] + [EOS]}
 
 
-# --- The proof ------------------------------------------------------------------------
+# --- The check ------------------------------------------------------------------------
 @torch.no_grad()
 def prove_it():
-    print("The proof: largest differences, in float64")
+    print("The check: largest differences, in float64")
     tokens = torch.tensor([[10, 6, 13, 4, 20, 16, 23], [9, 15, 4, 19, 25, 8, 7]])
     base, model = new_model(0).double(), build(DecoderOnlyTransformer, "relative", 0).double()
     base.positional_encoding.table.zero_()
@@ -190,7 +190,7 @@ def main():
             print(f"  {f'{name}, seed {seed}':50s}{exact:9.1%}" + "".join(
                 f"{f'{100 * e:.0f} ({100 * w:.0f}, {100 * s:.0f})':>16s}" for e, w, s in cells),
                 flush=True)
-    print("\nWhat this size cannot show: that the method works for language. It knows this task.")
+    print("\nWhat this size cannot show: whether it works for language. It builds in this task.")
     return {"base": results["decoder-only, sinusoids"],
             "variation": results["decoder-only, restart, relative"]}
 

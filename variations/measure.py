@@ -24,7 +24,7 @@ LONGER = (6, 7, 8)  # digits; the training rows have up to five
 
 
 def new_model(seed, model_class=decoder_only.DecoderOnlyTransformer, **arguments):
-    """Return an untrained base model, the same for the same seed."""
+    """Return an untrained base model. The same seed gives the same weights."""
     torch.manual_seed(seed)
     return model_class(**arguments)
 
@@ -35,7 +35,7 @@ def prepare(constants):
 
 
 def replace_attention(model, make, replaces=("MultiHeadAttention",)):
-    """Replace each attention module in `model` by `make(name, old)`. Returns the model.
+    """Replace each attention module in `model` with `make(name, old)`. Returns the model.
 
     The new module keeps the attention function. Two variations cannot be combined in this way,
     because each replaces the whole module. replaces: the names of classes that may be replaced.
@@ -80,6 +80,15 @@ def evaluate_held_out(model, seed, script=decoder_only, change=None):
     return script.evaluate(model, loaders(seed, change)[1])["exact_match"]
 
 
+def by_length(model, seed, max_digits=5):
+    """Return the exact match of `model` on held-out sequences of 1, 2, ... digits."""
+    examples = decoder_only.evaluate(model, loaders(seed)[1])["examples"]
+    lengths = range(1, max_digits + 1)
+    right = [[words == answer for digits, words, answer in examples if len(digits) == n]
+             for n in lengths]
+    return [sum(some) / max(1, len(some)) for some in right]
+
+
 def random_sequences(length, count=100, seed=1):
     """Return `count` random sequences of `length` digits and their words."""
     generator = torch.Generator().manual_seed(seed)
@@ -109,8 +118,8 @@ def prove(what, difference, limit=1e-10):
     """Print the difference of two results. Raises InputError if it is above `limit`."""
     print(f"  {what:66s} {difference:8.1e}")
     if not difference <= limit:  # NaN fails too
-        raise InputError(f"not proved: {what} (difference {difference:.1e}, limit {limit}). Look "
-                         "for a mistake in the part that you changed")
+        raise InputError(f"the check failed: {what} (difference {difference:.1e}, limit {limit}). "
+                         "Look for a mistake in the part that you changed")
 
 
 def largest_difference(one, other):

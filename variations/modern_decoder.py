@@ -7,7 +7,7 @@ keeps some biases, and small models often tie the output.) Each step changes one
 before it:
 
     1  RMSNorm          no mean, no shift: x / sqrt(mean(x^2)) * gain       Zhang and Sennrich 2019
-    2  no biases        in no linear layer                                  T5, PaLM
+    2  no biases        in any linear layer                                  T5, PaLM
     3  SwiGLU           narrow(silu(gate(x)) * widen(x)): three matrices    Shazeer 2020
     4  rotary           rotate queries and keys, add no positions           Su et al. 2021
     5  grouped queries  two query heads share one key head                  Ainslie et al. 2023
@@ -145,10 +145,10 @@ def matching_d_ff(number, parameters):
     return 1 + round((parameters - one) / (two - one))
 
 
-# --- The proof ------------------------------------------------------------------------
+# --- The check ------------------------------------------------------------------------
 @torch.no_grad()
 def prove_it():
-    print("The proof: largest differences, in float64")
+    print("The check: largest differences, in float64")
     tokens = torch.tensor([[10, 6, 13, 4, 20, 16, 23], [9, 15, 4, 19, 25, 8, 7]])
     target = count_parameters(new_model(0))
     prove("no step: equal to the base",

@@ -3,9 +3,9 @@ run_all.py - run every variation and print one table
 
 Run it:     python variations/run_all.py        (about 2 minutes on one CPU core)
 
-Each variation prints its proofs and its measurements, as when it is run alone. The table at the end
-compares each with the base, measured in the same run. There is one seed, because the run takes
-minutes. Set FULL = True in a file to see more.
+Each variation prints its checks and its measurements, as it does when run alone. The table at the
+end compares each with the base, measured in the same run. To keep the run to a few minutes, it uses
+one seed. Set FULL = True in a file to see more.
 """
 import importlib
 import time
@@ -16,7 +16,7 @@ from housekeeping import InputError, run_script
 
 # In reading order, with what the table shows
 ORDER = {
-    "rotary_positions": "exact match on 7 digits, interpolated",
+    "rotary_positions": "exact match on 7 digits, both interpolated",
     "alibi": "exact match on 6 digits",
     "longer_than_trained": "exact match, decoder-only",
     "grouped_queries": "exact match, cache per token",
