@@ -403,7 +403,7 @@ def show_generation(undertrained):
     print(f"\n7. How to generate: the models of section 3 after {steps} steps, on {len(digits)} "
           "held-out sequences")
     for name, strategies in STRATEGIES.items():
-        print(f" {name}")
+        print(f" strategies of the {name} model")
         translate = ARCHITECTURES[name][0].translate
         show_strategies(translate, undertrained[name], digits, words, strategies, SEED)
 

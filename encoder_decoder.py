@@ -489,7 +489,8 @@ class EncoderDecoderTransformer(BaseModel):
                 #    largest at the limit.
                 best = sums.new_tensor([[max((h.score for h in answers), default=-math.inf)]
                                         for answers in finished])  # (B, 1)
-                done = (kept_sums / max_new_tokens ** length_penalty <= best).all(1, keepdim=True)
+                limit = float(max_new_tokens) ** length_penalty
+                done = (kept_sums / limit <= best).all(1, keepdim=True)  # (B, 1)
                 sums = kept_sums.masked_fill(done, -math.inf)  # finished sources add no answers
                 if done.all():
                     break

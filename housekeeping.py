@@ -138,7 +138,7 @@ class BaseModel(nn.Module):
     def check_input(self, rows, new_tokens=0, **options):
         """Raise InputError unless these lists of ids fit, with room for `new_tokens` more each."""
         check(**options)
-        if not rows or not all(isinstance(row, list) and row for row in rows):
+        if not isinstance(rows, list) or not all(isinstance(a, list) and a for a in [rows, *rows]):
             raise InputError("the input must be a list of lists, none of them empty: use one such "
                              "as [['4', '0', '7'], ['9']], or ids such as [[10, 6, 13], [15]]")
         size, max_len = self.arguments["vocab_size"], self.arguments["max_len"]

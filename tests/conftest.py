@@ -207,6 +207,11 @@ def workplace(tmp_path):
     return Workplace(tmp_path)
 
 
+def random_trio(**arguments):
+    """{"encoder-only": a random model, ...}, as the comparisons name them."""
+    return {name.replace("_", "-"): random_model(name, **arguments) for name in MODELS}
+
+
 def steps_of(script, monkeypatch):
     """A list that receives (digits, output weights before it, loss) of each training step."""
     steps, compute_loss = [], script.compute_loss

@@ -1,15 +1,17 @@
 """Models of Hugging Face's transformers with our weights: each computes the same function.
 
-Used by test_references.py and benchmarks/bench.py. Our models are pre-norm, with sinusoids that are
-added to scaled embeddings. Pegasus is built the same way, and its encoder is our encoder-only model
-without the output layer. GPT-2 gets the sinusoids as its learned positions.
+Used by test_references.py, test_variations.py, and benchmarks/bench.py. Our models are pre-norm,
+with sinusoids that are added to scaled embeddings. Pegasus is built the same way, and its encoder
+is our encoder-only model without the output layer. GPT-2 gets the sinusoids as its learned
+positions. Variations become Llama or Mistral.
 """
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded: all models are built here
 import torch  # noqa: E402
-from transformers import (GPT2Config, GPT2LMHeadModel, PegasusConfig,  # noqa: E402
-                          PegasusForConditionalGeneration)
+from torch import nn  # noqa: E402
+from transformers import (GPT2Config, GPT2LMHeadModel, LlamaConfig,  # noqa: E402
+                          LlamaForCausalLM, PegasusConfig, PegasusForConditionalGeneration)
 
 from toy_dataset import EOS, PAD, SOS  # noqa: E402
 
@@ -94,6 +96,77 @@ def as_gpt2(model):
         join([mine.feed_forward.down], other.mlp.c_proj)
         copy((mine.norm1, other.ln_1), (mine.norm2, other.ln_2))
     return theirs
+
+
+# --- For the variations ---------------------------------------------------------------
+@torch.no_grad()
+def as_llama(model, model_class=LlamaForCausalLM, config_class=LlamaConfig, **options):
+    """Return Llama with the weights of a variation of DecoderOnlyTransformer.
+
+    LayerNorms and feed-forward networks with GELU are taken from our model. Llama computes RMSNorm
+    in float32, so it gets PyTorch's, with our gain.
+    """
+    a, layer = model.arguments, model.layers[0].self_attention
+    options = {"attention_bias": layer.w_q.bias is not None, **options}
+    theirs = model_class(config_class(
+        vocab_size=a["vocab_size"], hidden_size=a["d_model"], num_attention_heads=a["num_heads"],
+        num_hidden_layers=a["num_layers"], intermediate_size=a["d_ff"], pad_token_id=PAD,
+        num_key_value_heads=getattr(layer, "key_heads", a["num_heads"]), bos_token_id=SOS,
+        max_position_embeddings=a["max_len"], eos_token_id=EOS, tie_word_embeddings=False,
+        attn_implementation="sdpa", **options)).to(model.embedding.weight).eval()
+    body, rotary = theirs.model, getattr(model.positional_encoding, "frequency", None)
+    body.rotary_emb = Rotary64(body.rotary_emb.inv_freq, rotary)
+    body.embed_tokens.weight.copy_(model.embedding.weight * model.embedding_scale)
+    body.norm = norm_64(model.final_norm)
+    copy((model.output, theirs.lm_head))
+    for mine, other in zip(model.layers, body.layers):
+        other.input_layernorm = norm_64(mine.norm1)
+        other.post_attention_layernorm = norm_64(mine.norm2)
+        copy_projections(mine.self_attention, other.self_attn, rotary is not None)
+        if hasattr(mine.feed_forward, "gate"):
+            ours, mlp = mine.feed_forward, other.mlp
+            copy((ours.gate, mlp.gate_proj), (ours.up, mlp.up_proj), (ours.down, mlp.down_proj))
+        else:
+            other.mlp = mine.feed_forward
+    return theirs
+
+
+def norm_64(mine):
+    if isinstance(mine, nn.LayerNorm):
+        return mine
+    norm = nn.RMSNorm(len(mine.weight), eps=1e-5).to(mine.weight)
+    norm.weight.copy_(mine.weight)
+    return norm
+
+
+class Rotary64(nn.Module):
+    """Their cosines and sines in float64: they compute them in float32, whatever the weights are.
+
+    It uses our frequencies, which must equal theirs up to float32 rounding, or zeros.
+    """
+
+    def __init__(self, theirs, ours):
+        super().__init__()
+        self.frequency = torch.zeros_like(theirs).double() if ours is None else ours
+        assert ours is None or torch.allclose(ours, theirs.double(), atol=1e-6, rtol=0)
+
+    def forward(self, x, position_ids):
+        angles = (position_ids[..., None] * self.frequency).repeat(1, 1, 2)
+        return angles.cos(), angles.sin()
+
+
+def copy_projections(mine, other, rotary):
+    # Ours rotates dimensions (0, 1), (2, 3), ... of a head; theirs (0, K/2), (1, K/2 + 1), ...
+    size = mine.head_dim
+    order = torch.cat([torch.arange(0, size, 2), torch.arange(1, size, 2)])
+    for name in "qkvo":
+        layer, theirs = getattr(mine, f"w_{name}"), getattr(other, f"{name}_proj")
+        rows = torch.arange(layer.out_features)
+        if rotary and name in "qk":
+            rows = rows.view(-1, size)[:, order].flatten()
+        theirs.weight.copy_(layer.weight[rows])
+        if theirs.bias is not None:
+            theirs.bias.copy_(layer.bias[rows])
 
 
 def cut(row):

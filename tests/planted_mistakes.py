@@ -101,7 +101,7 @@ MISTAKES = [
     ("beams: length without <EOS>",
      "total / length ** length_penalty", "total / max(1, length - 1) ** length_penalty"),
     ("beams: stop at the first answer",
-     "(kept_sums / max_new_tokens ** length_penalty <= best)",
+     "(kept_sums / limit <= best)",
      "(best.expand_as(kept_sums) > -math.inf)"),
     ("beams: finished hypotheses stay in the beam",
      "sums.masked_fill(ends, -math.inf).topk(width)", "sums.topk(width)"),

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from conftest import close, random_model, random_models
-from encoder_decoder import best_candidates, record_beam_search, translate
+from encoder_decoder import (EncoderDecoderTransformer, best_candidates, record_beam_search,
+                             translate)
 from housekeeping import InputError
 from toy_dataset import EOS, SOS, VOCABULARY
 
@@ -52,7 +53,7 @@ def plain_beam_search(model, source, width, limit):
     return steps
 
 
-@pytest.mark.parametrize("width, penalty", [(2, 1.0), (3, 0.0), (4, 0.7), (5, 1.5)])
+@pytest.mark.parametrize("width, penalty", [(2, 1.0), (3, 0.0), (4, 0.7), (27, 1.5)])
 def test_beam_search_equals_a_plain_python_beam_search(width, penalty):
     """Its recorded steps, its answers, and that it stops only when the best answer is known."""
     stopped = 0
@@ -98,10 +99,11 @@ def test_a_beam_as_wide_as_the_tree_equals_exhaustive_search(penalty):
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 2.0])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])  # rounding makes ties
-def test_beam_width_one_equals_greedy(dtype, penalty):
-    for model in models():
-        model.to(dtype)
+def test_beam_width_one_equals_greedy(penalty):
+    torch.manual_seed(0)
+    uncertain = [EncoderDecoderTransformer(d_model=24, num_layers=1).eval().to(dtype)
+                 for dtype in (torch.float32, torch.bfloat16) for _ in range(10)]
+    for model in (*models(), *uncertain):  # where rounding makes ties of different sums
         found = model.beam_search(SOURCES, 1, penalty, 15)
         assert [[h.tokens for h in hypotheses] for hypotheses in found] == [
             [row] for row in model.generate(SOURCES, 15)]

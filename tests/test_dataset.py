@@ -14,8 +14,7 @@ from toy_dataset import (DIGITS, EOS, FIRST_ORDINARY, IGNORE_INDEX, MASK, PAD, S
                          collate_fn, count_distinct, create_dataloaders, exact_match, is_held_out,
                          make_item, make_sequences, to_device)
 
-digit_rows = st.lists(st.lists(st.sampled_from(DIGITS), min_size=1, max_size=8), min_size=1,
-                      max_size=6)
+digit_rows = st.lists(st.text("0123456789", min_size=1, max_size=8), min_size=1, max_size=6)
 
 
 def batch_of(*numbers):
@@ -30,17 +29,10 @@ def rows_of(loader):
 def test_the_vocabulary_has_26_tokens_with_special_ids_first():
     assert VOCABULARY.tokens == SPECIAL_TOKENS + DIGITS + WORDS and len(VOCABULARY) == 26
     assert VOCABULARY.encode(SPECIAL_TOKENS) == [PAD, SOS, EOS, UNK, SEP, MASK] == [*range(6)]
-    assert FIRST_ORDINARY == 6 and VOCABULARY.encode("4 four") == [10, 20] and DIGITS[7] == "7"
+    assert FIRST_ORDINARY == 6 and VOCABULARY.encode("4 four <sep>") == [10, 20, UNK]
     assert WORDS == "zero one two three four five six seven eight nine".split()
     assert WORD_OF == dict(zip("0123456789", WORDS))
     assert VOCABULARY.decode(torch.arange(26)) == VOCABULARY.decode(range(26)) == VOCABULARY.tokens
-
-
-@given(st.lists(st.text(alphabet=st.characters(exclude_categories=("Z", "C")), min_size=1)))
-def test_any_text_encodes_with_unknown_tokens_as_unk(tokens):
-    ids = VOCABULARY.encode(tokens)
-    assert ids == [VOCABULARY.ids.get(token, UNK) for token in tokens]
-    assert VOCABULARY.encode(" ".join(tokens)) == ids
 
 
 @pytest.mark.parametrize("tokens", [[4, 0, 7], [None], ["4", 0], 4, None])
@@ -82,14 +74,9 @@ def test_training_and_validation_share_no_sequence():
 
 @pytest.mark.parametrize("share", [0.1, 0.125, 0.5])
 def test_the_checksum_alone_decides_what_is_held_out(share):
-    """So what is held out for a small share is also held out for a larger one."""
+    """So no script trains on what another one holds out, unless that holds out a larger share."""
     for text in (f"{number:0{n}d}" for n in (1, 2, 3) for number in range(10 ** n)):
         assert is_held_out(list(text), share) == (zlib.crc32(text.encode()) / 2 ** 32 < share)
-
-
-def test_no_script_trains_on_what_another_one_holds_out():
-    held_out = {*rows_of(create_dataloaders(2000, 4, 64, 3, 0.1)[1])}
-    assert held_out and not held_out & {*rows_of(create_dataloaders(5000, 5, 32, 7, 0.125)[0])}
 
 
 # --- Loaders --------------------------------------------------------------------------
@@ -107,6 +94,8 @@ def test_loaders_follow_their_arguments():
 
 
 def test_each_shuffled_epoch_has_another_order_of_the_same_rows():
+    """Without drawing from the generators that training uses."""
+    before = torch.get_rng_state(), random.getstate()
     training, validation = create_dataloaders(400, 4, 32, 3)
     first, second = rows_of(training), rows_of(training)
     assert first != second and sorted(first) == sorted(second)
@@ -115,13 +104,6 @@ def test_each_shuffled_epoch_has_another_order_of_the_same_rows():
     assert rows_of(validation) == rows_of(validation) == in_order
     again, other = (rows_of(create_dataloaders(400, 4, 32, seed)[0]) for seed in (3, 2))
     assert again == first and other != first
-
-
-def test_loading_data_leaves_the_global_generators_alone():
-    random.seed(5)
-    before = torch.get_rng_state(), random.getstate()
-    for loader in create_dataloaders(500, 3, 32, seed=1):
-        list(loader)
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
 
 
@@ -221,9 +203,7 @@ def test_printed_tables_show_what_they_are_given(capsys):
 
 
 def test_the_printed_counts_are_those_of_the_loaders():
-    printed = finished("toy_dataset")[1].stdout
-    loaders = create_dataloaders()
-    for length in range(1, 6):
-        counts = [sum(len(item["digits"]) == length for item in loader.dataset)
-                  for loader in loaders]
-        assert f"\n  {length:6d}   {counts[0]:8d}   {counts[1]:10d}\n" in printed
+    lengths = [[len(row) for row in rows_of(loader)] for loader in create_dataloaders()]
+    for n in range(1, 6):
+        line = f"\n  {n:6d}   {lengths[0].count(n):8d}   {lengths[1].count(n):10d}\n"
+        assert line in finished("toy_dataset")[1].stdout

@@ -306,6 +306,13 @@ def test_translate_equals_generate_called_by_hand(name, options):
             VOCABULARY.decode(row[:-1] if row[-1] == EOS else row) for row in by_hand]
 
 
+def test_filling_the_masks_of_a_batch_equals_filling_its_rows():
+    script = SCRIPTS["encoder_only"]
+    for model in random_models("encoder_only"):
+        for fill in (script.translate, script.translate_back):
+            assert fill(model, SEQUENCES) == [fill(model, [row])[0] for row in SEQUENCES]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_translation_uses_no_dropout_and_restores_the_mode(name):
     script, model = SCRIPTS[name], next(random_models(name, dropout=0.5))
@@ -313,7 +320,11 @@ def test_translation_uses_no_dropout_and_restores_the_mode(name):
     assert script.translate(model.train(), SEQUENCES) == expected and model.training
     with pytest.raises(InputError):
         script.translate(model, [["4"] * 99])
+    model.output.forward = None  # as if a reader had broken it
+    with pytest.raises(TypeError):
+        script.translate(model, SEQUENCES)
     assert model.training
+    del model.output.forward
     assert script.translate(model.eval(), SEQUENCES) == expected and not model.training
 
 

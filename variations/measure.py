@@ -80,13 +80,12 @@ def evaluate_held_out(model, seed, script=decoder_only, change=None):
     return script.evaluate(model, loaders(seed, change)[1])["exact_match"]
 
 
-def by_length(model, seed, max_digits=5):
-    """Return the exact match of `model` on held-out sequences of 1, 2, ... digits."""
+def by_length(model, seed, lengths=(2, 3, 4, 5)):
+    """Return the exact match of `model` on held-out sequences of each length."""
     examples = decoder_only.evaluate(model, loaders(seed)[1])["examples"]
-    lengths = range(1, max_digits + 1)
     right = [[words == answer for digits, words, answer in examples if len(digits) == n]
              for n in lengths]
-    return [sum(some) / max(1, len(some)) for some in right]
+    return [sum(some) / len(some) for some in right]
 
 
 def random_sequences(length, count=100, seed=1):
