@@ -34,17 +34,14 @@ def cells(printed, label):
     return rest.split()
 
 
-def is_right(row, share):
-    """Whether a fake translation of `row` is correct: a fixed choice of about `share` percent."""
-    return int("".join(row)) % 97 < share
-
-
-def percent(rows, share):
-    return f"{sum(is_right(row, share) for row in rows) / len(rows):.1%}"
-
-
 def answers(model, rows, **_):
-    return [[WORD_OF[digit] for digit in row] if is_right(row, model.share) else [] for row in rows]
+    """Right translations of about model.share percent of `rows`, and no answers for the others."""
+    return [[WORD_OF[digit] for digit in row] if int("".join(row)) % 97 < model.share else []
+            for row in rows]
+
+
+def percent(rows, model):
+    return f"{sum(map(bool, answers(model, rows))) / len(rows):.1%}"
 
 
 # --- 1 to 3. Influence, labels, and one budget ----------------------------------------
@@ -186,25 +183,21 @@ def test_longer_inputs_hold_all_digits_and_are_scored_per_length(monkeypatch, ca
     assert [{len(row) for row in rows} for rows in asked] == [{5}, {6}, {7}, {8}] * 3
     assert all({digit for row in rows for digit in row} == {*DIGITS} for rows in asked)
     for i, (name, model) in enumerate(models.items()):
-        table = " ".join(percent(rows, model.share) for rows in asked[4 * i:4 * i + 4])
+        table = " ".join(percent(rows, model) for rows in asked[4 * i:4 * i + 4])
         assert re.search(rf"^ +{name} +{table}$".replace(" ", " +"), printed, re.MULTILINE)
 
 
 # --- 7. How to generate ---------------------------------------------------------------
-def options_in(title):
-    """The options that a row's title promises."""
-    found = {"temperature": 1.0} if "top" in title else {}
-    return found | {{"beam search": "beam_width"}.get(name, name.replace(" ", "_")): float(value)
-                    for name, value in re.findall(
-                        r"(temperature|top_\w|\w+ penalty|beam search) ([\d.]+)", title)}
-
-
 def test_each_strategy_has_the_options_and_scores_of_its_title(monkeypatch, capsys):
     """The expected words come from the answers of several strategies, so their scores differ."""
     digits = compare.held_out_sequences(60)[0]
     for name, strategies in compare.STRATEGIES.items():
         model = next(random_models(name.replace("-", "_"), 1, ends=1))
-        assert strategies == {title: options_in(title) for title in strategies}
+        for title, options in strategies.items():
+            found = {"temperature": "1"} if "top" in title else {}
+            found |= re.findall(r"(temperature|top_\w|\w+ penalty|beam search) ([\d.]+)", title)
+            assert options == {key.replace("beam search", "beam_width").replace(" ", "_"): float(n)
+                               for key, n in found.items()}
         written = {title: ARCHITECTURES[name][0].translate(model, digits, **options)
                    for title, options in strategies.items() if "temperature" not in options}
         rows = list(written.values())
@@ -221,29 +214,30 @@ def test_each_strategy_has_the_options_and_scores_of_its_title(monkeypatch, caps
 # --- 8. Ablations ---------------------------------------------------------------------
 @torch.no_grad()
 def test_each_ablation_removes_the_component_it_names():
-    plain, models = random_model("decoder_only", **SIZES), {}
-    tokens, x = torch.tensor([[10, 6, 13, 4, 20]]), torch.randn(1, 5, 24).double()
-    for change in (compare.without_scaling, compare.without_residuals, compare.post_norm,
-                   compare.without_positions):
+    def changed(change):
         torch.manual_seed(0)
-        models[change] = model = random_model("decoder_only", **SIZES)
+        model = random_model("decoder_only", **SIZES)
         change(model)
         assert not torch.allclose(model(tokens), plain(tokens))
         assert model.generate([[10, 6, 4]], 5) == model.generate([[10, 6, 4]], 5, use_cache=False)
-    layer = plain.layers[0]
+        return model
+
+    plain, tokens = random_model("decoder_only", **SIZES), torch.tensor([[10, 6, 13, 4]])
+    x, layer = torch.randn(1, 5, 24).double(), plain.layers[0]
     normalized, attended = layer.norm1(x), layer.norm1(x + layer.self_attention(x, x)[0])
     attended_only = layer.self_attention(normalized, normalized)[0]
-    for change, expected in (
-            (compare.without_residuals, layer.feed_forward(layer.norm2(attended_only))),
-            (compare.post_norm, layer.norm2(attended + layer.feed_forward(attended)))):
-        torch.testing.assert_close(models[change].layers[0](x)[0], expected)
+    torch.testing.assert_close(changed(compare.without_residuals).layers[0](x)[0],
+                               layer.feed_forward(layer.norm2(attended_only)))
+    torch.testing.assert_close(changed(compare.post_norm).layers[0](x)[0],
+                               layer.norm2(attended + layer.feed_forward(attended)))
     # The logarithms of weights differ from scores by a constant per query.
     before, after = (log - log[..., :1] for log in (
         model.layers[0].self_attention(x, x)[1].log()
-        for model in (plain, models[compare.without_scaling])))
+        for model in (plain, changed(compare.without_scaling))))
     torch.testing.assert_close(after, math.sqrt(6) * before)
+    unordered = changed(compare.without_positions)
     plain.positional_encoding.forward = lambda x, positions: x
-    assert torch.equal(models[compare.without_positions](tokens), plain(tokens))
+    assert torch.equal(unordered(tokens), plain(tokens))
 
 
 def test_every_row_of_the_ablations_trains_what_it_names(monkeypatch, capsys):
@@ -267,7 +261,7 @@ def test_every_row_of_the_ablations_trains_what_it_names(monkeypatch, capsys):
     assert [row[0] for row in compare.ABLATIONS] == [*changes] and len(trained) == 14
     for i, (model, *options) in enumerate(trained):
         title, base = [*changes][i // 2], trained[i % 2][0]
-        assert cells(printed, title)[i % 2] == percent(digits, model.share)
+        assert cells(printed, title)[i % 2] == percent(digits, model)
         assert options == ["decoder-only", 7, 0 if title == "without warmup" else 40,
                            changes[title]] and len(model.layers) == (3, 1)[i % 2]
         assert model.arguments["num_heads"] == (1 if title == "one head" else 4)

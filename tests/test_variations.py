@@ -1,639 +1,432 @@
 """The variations: each reduces to the base, and equals a well-kept implementation."""
-
 import copy
 import math
+import re
+from types import SimpleNamespace
 
-import hugging_face  # noqa: F401  (keeps transformers offline)
+from conftest import close, random_weights, refused
+from hugging_face import as_llama, cut  # first: it keeps transformers offline
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, MistralConfig, MistralModel
+from transformers import MistralConfig, MistralForCausalLM
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.wav2vec2_bert.configuration_wav2vec2_bert import Wav2Vec2BertConfig
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertSelfAttention
 
 import alibi
+import decoder_only
 import flash_attention
 import grouped_queries
 import latent_attention
-import longer_than_trained
+import longer_than_trained as longer
 import measure
 import modern_decoder
 import rotary_positions
+import run_all
 import sliding_window
 from decoder_only import DecoderOnlyTransformer, attention, causal_mask
 from encoder_decoder import EncoderDecoderTransformer
-from conftest import random_weights
-from toy_dataset import EOS, PAD, SEP
+from housekeeping import InputError
+from toy_dataset import DIGITS, EOS, PAD, SEP, WORD_OF
 
-VARIATIONS = [
-    longer_than_trained, rotary_positions, alibi, grouped_queries, latent_attention,
-    sliding_window, flash_attention, modern_decoder,
-]  # fmt: skip
+VARIATIONS = [rotary_positions, alibi, longer, grouped_queries, latent_attention, sliding_window,
+              flash_attention, modern_decoder]
 PROMPTS = [[10, 6, 13, 4, 20, 16, 23], [9, 4, 19], [7, 8, 15, 4, 17]]
+IDS = torch.tensor([[PAD] * (7 - len(row)) + row for row in PROMPTS])  # (3, 7), padded on the left
+REAL = IDS != PAD
 D, H, K = 24, 4, 6  # pairwise different from rows (3) and lengths (7)
+CHANGES = {"rotary": rotary_positions.use_rotary_positions, "ALiBi": alibi.use_alibi,
+           "grouped": lambda model: grouped_queries.use_grouped_queries(model, 2),
+           "latent": lambda model: latent_attention.use_latents(model, 5),
+           "window": lambda model: sliding_window.use_sliding_window(model, 3),
+           "modern": lambda _: modern_decoder.build(6, 0, 20, d_model=D, num_heads=H, max_len=40)}
+each_module = pytest.mark.parametrize("module", VARIATIONS, ids=lambda module: module.__name__)
 
 
-def left_padded(rows):
-    longest = max(map(len, rows))
-    ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows])
-    return ids, ids != PAD
-
-
-def random_model(change=None, seed=0, **arguments):
+def random_model(change, seed=0):
+    model = change(DecoderOnlyTransformer(26, D, H, 2, 20, max_len=40))
     torch.manual_seed(seed)
-    model = DecoderOnlyTransformer(26, D, H, 2, 20, max_len=40, **arguments)
-    model = random_weights(change(model) if change else model)
+    random_weights(model)
     with torch.no_grad():
         model.output.weight = nn.Parameter(torch.randn_like(model.embedding.weight))
         model.output.weight[EOS] *= 2  # so that some rows end early
     return model
 
 
-def logits(model, ids, real):
-    """Logits of a batch that is padded on the left."""
-    return model.output(model.decode(ids, real[:, None, None], model.positions_of(ids))[0])
+def logits_of(model):
+    return model.output(model.run_decoder(IDS, REAL[:, None, None], model.positions_of(IDS))[0])
 
 
-@pytest.mark.parametrize("module", VARIATIONS, ids=lambda module: module.__name__)
-def test_the_printed_proofs_hold(module, capsys):
+def in_pieces(model, ids, real=None, positions=None, memory=None):
+    """The output of run_decoder with caches: for three tokens, then one, then three."""
+    parts = []
+    caches = [layer.self_attention.new_cache(len(ids), 7) for layer in model.layers] \
+        if memory is None else model.new_caches(len(ids), 7, memory.size(1))
+    for start, end in ((0, 3), (3, 4), (4, 7)):
+        mask = [None if real is None else real[:, None, None, :end]]
+        parts.append(model.run_decoder(
+            ids[:, start:end], *(mask if memory is None else [memory, None]),
+            None if positions is None else positions[:, start:end], caches)[0])
+    return torch.cat(parts, 1)
+
+
+# --- Properties of all ----------------------------------------------------------------
+@each_module
+def test_the_printed_checks_hold(module, capsys):
     module.prove_it()
-    printed = capsys.readouterr().out
-    assert printed.startswith("The proof: largest differences, in float64") and "e" in printed
-
-
-CHANGES = {
-    "rotary": rotary_positions.use_rotary_positions,
-    "ALiBi": alibi.use_alibi,
-    "grouped": lambda model: grouped_queries.use_grouped_queries(model, 2),
-    "latent": lambda model: latent_attention.use_latents(model, 5),
-    "window": lambda model: sliding_window.use_sliding_window(model, 3),
-}
+    assert len(re.findall(r" \d\.\de[+-]\d\d$", capsys.readouterr().out, re.MULTILINE)) > 2
 
 
 @pytest.mark.parametrize("name", CHANGES)
+@torch.no_grad()
 def test_cache_and_batch_change_nothing(name):
-    distinct = set()
-    for seed in range(4):
+    """Neither tokens nor vectors, also without given positions and beyond a window of 3."""
+    distinct, full = set(), torch.randint(6, 26, (3, 7))
+    for seed, absorbed in ((0, False), (1, True), (2, False), (3, True)):
         model = random_model(CHANGES[name], seed)
+        latent_attention.absorb(model, absorbed)
         rows = model.generate(PROMPTS, 15)
         assert rows == model.generate(PROMPTS, 15, use_cache=False)
         assert rows == [model.generate([prompt], 15)[0] for prompt in PROMPTS]
-        if name == "latent":
-            latent_attention.absorb(model)
-            assert rows == model.generate(PROMPTS, 15)
         distinct |= {tuple(row) for row in rows}
+        found = model.output(in_pieces(model, IDS, REAL, model.positions_of(IDS)))
+        close(found[REAL], logits_of(model)[REAL])
+        close(in_pieces(model, full), model.run_decoder(full)[0])
     assert len(distinct) > 5
+    per_layer = {"grouped": 2 * 2 * K * 9, "modern": 2 * 2 * K * 9, "latent": 5 * 9,
+                 "window": 2 * D * 3}.get(name, 2 * D * 9)  # numbers for 9 tokens, 8 bytes each
+    assert measure.cache_bytes(model, 9) == 2 * per_layer * 8
 
 
-# --- Llama and Mistral, with our norms and feed-forward networks ------------------------
-def as_hugging_face(model, config_class, model_class, rotate, **options):
-    """Their model with our weights. It also gets our norms and feed-forward networks as they are.
-
-    Their attention has no biases or one for all projections, so ours are copied or must be zero.
-    """
-    attention = model.layers[0].self_attention
-    config = config_class(
-        vocab_size=26, hidden_size=D, num_attention_heads=H, num_hidden_layers=2,
-        num_key_value_heads=getattr(attention, "key_heads", H), intermediate_size=20,
-        max_position_embeddings=40, pad_token_id=PAD, bos_token_id=1, eos_token_id=EOS,
-        attn_implementation="sdpa", **options,
-    )  # fmt: skip
-    theirs = model_class(config).double().eval()
-    theirs.norm = copy.deepcopy(model.final_norm)
-    theirs.rotary_emb = Rotary64(theirs.rotary_emb, model if rotate else None)
-    with torch.no_grad():
-        for mine, other in zip(model.layers, theirs.layers):
-            other.input_layernorm = copy.deepcopy(mine.norm1)
-            other.post_attention_layernorm = copy.deepcopy(mine.norm2)
-            other.mlp = copy.deepcopy(mine.feed_forward)
-            copy_projections(mine.self_attention, other.self_attn, rotate)
-    return theirs
+def relative(model):
+    positions = model.positional_encoding = measure.Positions()
+    return measure.replace_attention(model, lambda _, old: longer.PositionedAttention(
+        old, "relative", positions, False))
 
 
-class Rotary64(nn.Module):
-    """Their cosines and sines in float64: they compute them in float32, whatever the weights are.
-
-    It uses our frequencies, which must equal theirs up to float32 rounding, or zeros.
-    """
-
-    def __init__(self, theirs, model):
-        super().__init__()
-        self.frequency = torch.zeros(K // 2).double()
-        if model is not None:
-            self.frequency = model.positional_encoding.frequency.double()
-            torch.testing.assert_close(self.frequency, theirs.inv_freq.double(), atol=1e-6, rtol=0)
-
-    def forward(self, x, position_ids):
-        angles = position_ids[..., None] * self.frequency
-        angles = torch.cat([angles, angles], -1)
-        return angles.cos(), angles.sin()
+BUILT = {**CHANGES, "relative": relative, "modern": lambda model: (
+    modern_decoder.use_rotary(model) or model)}
 
 
-def copy_projections(mine, other, rotate):
-    for name, layer in (("q_proj", mine.w_q), ("k_proj", mine.w_k), ("v_proj", mine.w_v),
-                        ("o_proj", mine.w_o)):  # fmt: skip
-        weight, bias = layer.weight, layer.bias
-        if rotate and name in ("q_proj", "k_proj"):
-            # Ours rotates dimensions (0, 1), (2, 3), ... of a head; theirs (0, K/2), (1, K/2 + 1).
-            order = torch.cat([torch.arange(0, K, 2), torch.arange(1, K, 2)])
-            order = (torch.arange(0, len(weight), K)[:, None] + order).flatten()
-            weight, bias = weight[order], None if bias is None else bias[order]
-        theirs = getattr(other, name)
-        theirs.weight.copy_(weight)
-        if theirs.bias is not None:
-            theirs.bias.copy_(bias)
+@pytest.mark.parametrize("name", BUILT)
+def test_a_variation_runs_in_bfloat16_and_uses_dropout(name):
+    model, tokens = BUILT[name](measure.new_model(0, dropout=0.5)).eval(), torch.tensor([[6, 7, 4]])
+    assert model(tokens).equal(model(tokens))
+    branch, x = model.layers[0].self_attention.train(), torch.randn(1, 3, 64)
+    assert not branch(x, x)[0].equal(branch(x, x)[0])
+    assert name == "relative" or model.bfloat16()(tokens).dtype == torch.bfloat16
 
 
-def hidden_of(theirs, model, ids, real, **options):
-    """Their vectors for our embeddings, with positions from the first real token."""
-    positions = model.positions_of(ids)
-    x = model.embedding(ids) * model.embedding_scale
-    x = model.positional_encoding(x, positions)
-    return theirs(inputs_embeds=x, attention_mask=real.long(), position_ids=positions, **options)
+@pytest.mark.parametrize("name", ["rotary", "ALiBi", "grouped", "window"])
+def test_a_new_part_keeps_weights_to_the_last_bit(name):
+    model = random_weights(DecoderOnlyTransformer(26, D, H, 2, 20))  # in float64
+    before = copy.deepcopy(model.state_dict())
+    after = (grouped_queries.use_grouped_queries(model, H) if name == "grouped"
+             else CHANGES[name](model)).state_dict()
+    assert before.keys() == after.keys()
+    assert all(weight.equal(after[key]) for key, weight in before.items())
 
 
+@pytest.mark.parametrize("first", BUILT)
+@pytest.mark.parametrize("second", BUILT)
+def test_two_variations_are_not_combined_by_accident(first, second):
+    """Only the attention function of ALiBi stays. Otherwise, nothing is even built."""
+    model = BUILT[first](measure.new_model(0))
+    if first == "ALiBi" and second in ("grouped", "window"):
+        kept = BUILT[second](model).layers[0].self_attention.attention_function
+        assert kept.func is alibi.alibi_attention
+    elif "ALiBi" not in (first, second) and first != second:
+        state, parts = torch.get_rng_state(), list(model.layers.modules())
+        with pytest.raises(InputError, match="write one class with both"):
+            BUILT[second](model)
+        assert list(model.layers.modules()) == parts and state.equal(torch.get_rng_state())
+
+
+# --- Llama and Mistral ----------------------------------------------------------------
+def their_output(theirs, model, new=slice(0, 7), **options):
+    """For our embeddings, with positions from the first real token."""
+    positions = model.positions_of(IDS)[:, new]
+    x = model.positional_encoding(model.embedding(IDS[:, new]) * model.embedding_scale, positions)
+    return theirs(inputs_embeds=x, attention_mask=REAL[:, :new.stop].long(), position_ids=positions,
+                  **options)
+
+
+@pytest.mark.parametrize("key_heads", ["rotary", 1, 2, 4])
 @torch.no_grad()
-def test_rotary_attention_equals_llama():
-    model = random_model(rotary_positions.use_rotary_positions)
-    theirs = as_hugging_face(model, LlamaConfig, LlamaModel, True, attention_bias=True)
-    ids, real = left_padded(PROMPTS)
-    ours = model.decode(ids, real[:, None, None], model.positions_of(ids))[0]
-    other = hidden_of(theirs, model, ids, real).last_hidden_state
-    torch.testing.assert_close(ours[real], other[real], atol=1e-10, rtol=0)
-
-
-@pytest.mark.parametrize("key_heads", [1, 2, 4])
-@torch.no_grad()
-def test_grouped_queries_equal_llama_and_pytorch(key_heads):
-    model = random_model(lambda m: grouped_queries.use_grouped_queries(m, key_heads))
-    theirs = as_hugging_face(model, LlamaConfig, LlamaModel, False, attention_bias=True)
-    ids, real = left_padded(PROMPTS)
-    ours = model.decode(ids, real[:, None, None], model.positions_of(ids))[0]
-    other = hidden_of(theirs, model, ids, real).last_hidden_state
-    torch.testing.assert_close(ours[real], other[real], atol=1e-10, rtol=0)
-
-    layer = model.layers[0].self_attention
-    x = torch.randn(3, 7, D).double()
-    heads = [linear(x).view(3, 7, -1, K).transpose(1, 2) for linear in (layer.w_q, layer.w_k,
-                                                                       layer.w_v)]  # fmt: skip
-    expected = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
-    expected = layer.w_o(expected.transpose(1, 2).flatten(2))
-    torch.testing.assert_close(layer(x, x, causal_mask(7, 7))[0], expected, atol=1e-10, rtol=0)
-    cache = layer.new_cache(5, 9)
-    assert cache.keys.shape == (5, key_heads, 9, K)  # only the shared heads are stored
+def test_rotary_attention_and_grouped_queries_equal_llama_and_pytorch(key_heads):
+    model = random_model(CHANGES["rotary"] if key_heads == "rotary" else lambda model: (
+        grouped_queries.use_grouped_queries(model, key_heads)))
+    theirs = their_output(as_llama(model), model).logits
+    close(logits_of(model)[REAL], theirs[REAL])
+    if key_heads != "rotary":
+        layer, x = model.layers[0].self_attention, torch.randn(3, 7, D).double()
+        heads = [w(x).view(3, 7, -1, K).transpose(1, 2) for w in (layer.w_q, layer.w_k, layer.w_v)]
+        expected = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+        close(layer(x, x, causal_mask(7, 7))[0], layer.w_o(expected.transpose(1, 2).flatten(2)))
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 6])
 @torch.no_grad()
 def test_a_sliding_window_equals_mistral_with_and_without_cache(window):
-    model = random_model(lambda m: sliding_window.use_sliding_window(m, window))
-    for layer in model.layers:  # Mistral's attention has no biases
-        for linear in (layer.self_attention.w_q, layer.self_attention.w_k,
-                       layer.self_attention.w_v, layer.self_attention.w_o):  # fmt: skip
-            linear.bias.zero_()
-    theirs = as_hugging_face(model, MistralConfig, MistralModel, False, sliding_window=window)
-    ids, real = left_padded(PROMPTS)
-    ours = model.decode(ids, real[:, None, None], model.positions_of(ids))[0]
-    other = hidden_of(theirs, model, ids, real).last_hidden_state
-    torch.testing.assert_close(ours[real], other[real], atol=1e-10, rtol=0)
-
-    if window == 1:  # their cache keeps the last w - 1 entries, written as [-0:], which is all
-        return
-    caches, past = [layer.self_attention.new_cache(3, 7) for layer in model.layers], None
-    positions = model.positions_of(ids)
-    for start, end in ((0, 4), (4, 5), (5, 6), (6, 7)):
-        ours = model.decode(
-            ids[:, start:end], real[:, None, None, :end], positions[:, start:end], caches
-        )[0]
-        x = model.embedding(ids[:, start:end]) * model.embedding_scale
-        x = model.positional_encoding(x, positions[:, start:end])
-        out = theirs(
-            inputs_embeds=x, attention_mask=real[:, :end].long(), past_key_values=past,
-            position_ids=positions[:, start:end], use_cache=True,
-        )  # fmt: skip
-        past, here = out.past_key_values, real[:, start:end]
-        torch.testing.assert_close(ours[here], out.last_hidden_state[here], atol=1e-10, rtol=0)
-    assert all(cache.keys.size(2) == window for cache in caches)
-
-
-@torch.no_grad()
-def test_the_reach_of_a_window_is_layers_times_w_minus_1():
-    for layers, window in ((1, 4), (2, 2), (3, 3)):
-        torch.manual_seed(layers)
-        model = DecoderOnlyTransformer(26, D, H, layers, 20, max_len=40).double().eval()
-        model = sliding_window.use_sliding_window(model, window)
-        assert sliding_window.reach(model) == layers * (window - 1)
-
-
-@pytest.mark.parametrize("heads", [1, 3, 4, 6, 8, 12])
-@torch.no_grad()
-def test_alibi_equals_bloom(heads):
-    """Bloom adds slope * position of the key; the softmax cannot tell that from the distance."""
-    torch.manual_seed(heads)
-    ids, real = left_padded(PROMPTS)
-    queries, keys, values = (torch.randn(3, heads, 7, 5).double() for _ in range(3))
-    mask = causal_mask(7, 7) & real[:, None, None]
-    ours, _ = alibi.alibi_attention(queries, keys, values, mask)
-    bias = build_alibi_tensor(real.long(), heads, torch.float64).view(3, heads, 1, 7)
-    bias = bias.masked_fill(~mask, -math.inf)
-    expected = F.scaled_dot_product_attention(queries, keys, values, bias)
-    for row in range(3):
-        torch.testing.assert_close(ours[row][:, real[row]], expected[row][:, real[row]],
-                                   atol=1e-6, rtol=0)  # fmt: skip
-    last, _ = alibi.alibi_attention(queries[:, :, -1:], keys, values, real[:, None, None])
-    torch.testing.assert_close(last, ours[:, :, -1:])  # a single query, as with a cache
-
-
-def test_alibi_slopes_are_those_of_the_paper():
-    assert alibi.slopes_of(8).tolist() == [2.0**-n for n in range(1, 9)]
-    assert alibi.slopes_of(3).tolist() == [2.0**-4, 2.0**-8, 2.0**-2]
-
-
-@torch.no_grad()
-def test_rotary_scores_depend_on_the_distance_alone_and_change_with_it():
-    query, key = torch.randn(2, 1, 1, 1, K).double()
-    rotary = rotary_positions.RotaryPositions(K)
-
-    def score(m, n):
-        angles = [position * rotary.frequency[None] for position in (m, n)]
-        return (rotary_positions.rotate(query, angles[0])
-                * rotary_positions.rotate(key, angles[1])).sum().item()  # fmt: skip
-
-    assert score(3, 1) == pytest.approx(score(20, 18), abs=1e-6)
-    assert score(0, 0) == pytest.approx((query * key).sum().item())
-    assert len({round(score(n, 0), 4) for n in range(6)}) == 6
-    assert score(3, 1) != pytest.approx(score(1, 3), abs=1e-3)
-
-
-def test_interpolated_positions_are_divided():
-    rotary = rotary_positions.RotaryPositions(K, interpolation=2.0)
-    rotary(torch.zeros(1, 4, D), torch.arange(4)[None])
-    plain = rotary_positions.RotaryPositions(K)
-    plain(torch.zeros(1, 4, D), torch.arange(4)[None])
-    torch.testing.assert_close(rotary.angles, plain.angles / 2)
-
-
-# --- latents, tiles, and the modern block -----------------------------------------------
-@torch.no_grad()
-def test_both_ways_to_use_latents_are_equal_also_with_a_cache():
-    model = random_model(lambda m: latent_attention.use_latents(m, 5))
-    ids, real = left_padded(PROMPTS)
-    results = []
-    for absorbed in (False, True):
-        latent_attention.absorb(model, absorbed)
-        results.append(logits(model, ids, real))
-        caches = [layer.self_attention.new_cache(3, 7) for layer in model.layers]
-        positions = model.positions_of(ids)
-        steps = [
-            model.decode(ids[:, :t][:, start:], real[:, None, None, :t], positions[:, start:t],
-                         caches)[0]
-            for start, t in ((0, 4), (4, 5), (5, 7))
-        ]  # fmt: skip
-        results.append(model.output(torch.cat(steps, 1)))
-        assert all(cache.latents.shape == (3, 7, 5) for cache in caches)
-    for other in results[1:]:
-        torch.testing.assert_close(other[real], results[0][real], atol=1e-10, rtol=0)
-
-
-@torch.no_grad()
-def test_latent_attention_equals_pytorch_on_expanded_keys_and_values():
-    layer = random_model(lambda m: latent_attention.use_latents(m, 5)).layers[0].self_attention
-    x = torch.randn(3, 7, D).double()
-    latents = x @ layer.compress.weight.T
-    heads = [layer.w_q(x), latents @ layer.w_k.weight.T, latents @ layer.w_v.weight.T]
-    heads = [each.view(3, 7, H, K).transpose(1, 2) for each in heads]
-    expected = F.scaled_dot_product_attention(*heads, is_causal=True)
-    expected = layer.w_o(expected.transpose(1, 2).flatten(2))
-    torch.testing.assert_close(layer(x, x, causal_mask(7, 7))[0], expected, atol=1e-10, rtol=0)
-
-
-@pytest.mark.parametrize("tile", [1, 3, 8, 64])
-@pytest.mark.parametrize("case", ["none", "padding", "causal", "left padding", "blocks"])
-def test_tiles_equal_pytorch_and_the_formula_with_gradients(tile, case, monkeypatch):
-    monkeypatch.setattr(flash_attention, "TILE", tile)
-    torch.manual_seed(0)
-    rows, columns = 11, 13
-    mask = {
-        "none": None,
-        "padding": (torch.arange(columns) < torch.tensor([13, 4])[:, None])[:, None, None],
-        "causal": causal_mask(rows, columns),
-        "left padding": causal_mask(rows, columns)
-        & (torch.arange(columns) > torch.tensor([6, -1])[:, None])[:, None, None],
-        "blocks": (torch.arange(rows)[:, None] // 4 == torch.arange(columns) // 4)[None, None],
-    }[case]
-    outs, gradients = [], []
-    for function in (flash_attention.flash_attention, attention, F.scaled_dot_product_attention):
-        torch.manual_seed(1)
-        inputs = [
-            torch.randn(2, 3, length, 5, dtype=torch.float64, requires_grad=True)
-            for length in (rows, columns, columns)
-        ]
-        out = function(*inputs, mask)
-        out = out[0] if isinstance(out, tuple) else out
-        outs.append(out)
-        gradients.append(torch.autograd.grad((out**3).sum(), inputs))
-    assert torch.isfinite(outs[0]).all()
-    for other in (1, 2):
-        torch.testing.assert_close(outs[0], outs[other], atol=1e-10, rtol=0)
-        for mine, theirs in zip(gradients[0], gradients[other]):
-            torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=0)
-
-
-def test_tiles_pass_pytorchs_check_of_gradients(monkeypatch):
-    monkeypatch.setattr(flash_attention, "TILE", 2)
-    inputs = [torch.randn(1, 2, n, 3, dtype=torch.float64, requires_grad=True) for n in (4, 5, 5)]
-    assert torch.autograd.gradcheck(
-        lambda *x: flash_attention.flash_attention(*x, causal_mask(4, 5))[0], inputs
-    )
-
-
-def test_no_matrix_of_all_scores_is_ever_made():
-    peaks = {}
-    for length in (256, 512):
-        with flash_attention.Memory() as memory:
-            flash_attention.step(flash_attention.flash_attention, length)
-        peaks[length] = memory.peak
-    with flash_attention.Memory() as memory:
-        flash_attention.step(attention, 512)
-    assert memory.peak > 3 * 2 * 512 * 512 * 4 * 0.9  # scores, weights, and their gradient
-    assert peaks[512] < 2 * 512 * 512 * 4 and peaks[512] < 2.2 * peaks[256]
-
-
-def rms_norm_64(ours, theirs):
-    """PyTorch's RMSNorm with our gain: theirs computes in float32, whatever its input is."""
-    norm = nn.RMSNorm(D, eps=theirs.variance_epsilon).double()
-    norm.weight.copy_(ours.weight)
-    theirs.weight.copy_(ours.weight)
-    x = torch.randn(3, D).double()
-    torch.testing.assert_close(theirs(x), norm(x), atol=1e-5, rtol=0)
-    return norm
-
-
-def as_llama(model):
-    """LlamaForCausalLM with the weights of a model after the last step of modern_decoder.py."""
-    attention = model.layers[0].self_attention
-    a = model.arguments
-    config = LlamaConfig(
-        vocab_size=26, hidden_size=a["d_model"], num_attention_heads=a["num_heads"],
-        num_hidden_layers=a["num_layers"], num_key_value_heads=attention.key_heads,
-        intermediate_size=a["d_ff"], max_position_embeddings=a["max_len"], rms_norm_eps=1e-5,
-        hidden_act="silu", tie_word_embeddings=False, attention_bias=False, pad_token_id=PAD,
-        bos_token_id=1, eos_token_id=EOS,
-    )  # fmt: skip
-    theirs = LlamaForCausalLM(config).double().eval()
-    theirs.model.rotary_emb = Rotary64(theirs.model.rotary_emb, model)
-    with torch.no_grad():
-        theirs.model.embed_tokens.weight.copy_(model.embedding.weight * model.embedding_scale)
-        theirs.lm_head.weight.copy_(model.output.weight)
-        theirs.model.norm = rms_norm_64(model.final_norm, theirs.model.norm)
-        for mine, other in zip(model.layers, theirs.model.layers):
-            other.input_layernorm = rms_norm_64(mine.norm1, other.input_layernorm)
-            other.post_attention_layernorm = rms_norm_64(mine.norm2, other.post_attention_layernorm)
-            for name, layer in (("gate_proj", "gate"), ("up_proj", "widen"),
-                                ("down_proj", "narrow")):  # fmt: skip
-                getattr(other.mlp, name).weight.copy_(getattr(mine.feed_forward, layer).weight)
-            copy_projections(mine.self_attention, other.self_attn, True)
-    return theirs
-
-
-def modern_model(seed):
-    model = modern_decoder.build(6, seed, d_model=D, num_heads=H, d_ff=20, max_len=40)
-    model = random_weights(model)
-    with torch.no_grad():
-        model.output.weight[EOS] *= 2
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(1.0)  # gains around 1
-    return model
+    model = random_model(lambda model: sliding_window.use_sliding_window(model, window))
+    for name, parameter in model.named_parameters():  # Mistral's attention has no biases
+        if "attention" in name and name.endswith("bias"):
+            parameter.zero_()
+    theirs = as_llama(model, MistralForCausalLM, MistralConfig, sliding_window=window)
+    ours, past = logits_of(model), None
+    close(ours[REAL], their_output(theirs, model).logits[REAL])
+    for new in (slice(0, 4), slice(4, 5), slice(5, 6), slice(6, 7)):
+        if window > 1:  # their cache keeps the last w - 1 entries, written as [-0:], which is all
+            out = their_output(theirs, model, new, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            close(ours[:, new][REAL[:, new]], out.logits[REAL[:, new]])
 
 
 @torch.no_grad()
 def test_the_last_step_is_llama_logit_by_logit_and_token_by_token():
     distinct = set()
     for seed in range(6):
-        model = modern_model(seed)
+        model = random_model(CHANGES["modern"], seed)
         theirs = as_llama(model)
-        ids, real = left_padded(PROMPTS)
-        other = theirs(
-            input_ids=ids, attention_mask=real.long(), position_ids=model.positions_of(ids)
-        ).logits
-        torch.testing.assert_close(logits(model, ids, real)[real], other[real], atol=1e-10, rtol=0)
-        rows = theirs.generate(
-            ids, attention_mask=real.long(), max_new_tokens=15, do_sample=False
-        ).tolist()
-        expected = [hugging_face.cut(row[ids.size(1) - 1 :]) for row in rows]
+        other = theirs(IDS, REAL.long(), model.positions_of(IDS)).logits
+        close(logits_of(model)[REAL], other[REAL])
+        rows = theirs.generate(IDS, attention_mask=REAL.long(), max_new_tokens=15, do_sample=False)
+        expected = [cut(row[6:]) for row in rows.tolist()]
         assert model.generate(PROMPTS, 15) == expected
-        assert model.generate(PROMPTS, 15, use_cache=False) == expected
         distinct |= {tuple(row) for row in expected}
     assert len(distinct) > 6
 
 
-def test_rms_norm_equals_pytorch():
-    x = 1e-3 * torch.randn(5, 7, dtype=torch.float64)  # so small that epsilon matters
-    ours, theirs = modern_decoder.RMSNorm(7).double(), nn.RMSNorm(7, eps=1e-5).double()
-    with torch.no_grad():
-        ours.weight.normal_()
-        theirs.weight.copy_(ours.weight)
-    torch.testing.assert_close(ours(x), theirs(x), atol=1e-12, rtol=0)
-
-
-def test_every_step_changes_what_it_names_at_equal_parameters():
-    target = measure.count_parameters(measure.new_model(0))
-    models = [
-        modern_decoder.build(number, 0, modern_decoder.matching_d_ff(number, target))
-        for number in range(7)
-    ]
-    for model in models:
-        assert measure.count_parameters(model) == pytest.approx(target, rel=0.01)
-        assert model(torch.tensor([[6, 7, 4]])).shape == (1, 3, 26)
-    kinds = [
-        [type(m).__name__ for m in model.modules()].count
-        for model in models
-    ]  # fmt: skip
-    assert [kind("LayerNorm") for kind in kinds] == [5] + [0] * 6
-    assert [kind("RMSNorm") for kind in kinds] == [0] + [5] * 6
-    biases = [sum(n.endswith("bias") for n, _ in model.named_parameters()) for model in models]
-    assert biases[0] > biases[1] > 0 and biases[2:] == [0] * 5
-    assert [kind("SwiGLU") for kind in kinds] == [0] * 3 + [2] * 4
-    assert [kind("RotaryPositions") > 0 for kind in kinds] == [False] * 4 + [True] * 3
-    caches = [measure.cache_bytes(model, 10) for model in models]
-    assert caches[:5] == [caches[0]] * 5 and caches[5:] == [caches[0] // 2] * 2
+def test_every_modern_step_changes_what_it_names_and_is_measured_at_its_own_size(
+        monkeypatch, capsys):
+    models = []
+    monkeypatch.setattr(modern_decoder, "train", lambda model, *_: (
+        models.append(model) or len(models) / 1000))
+    results, printed = modern_decoder.main(), capsys.readouterr().out.replace(",", "")
+    assert results == {"base": "0.1%, 1024 bytes", "variation": "0.7%, 512 bytes"}
+    sizes = [measure.count_parameters(model) for model in models]
+    assert sizes == pytest.approx([measure.count_parameters(measure.new_model(0))] * 7, rel=0.01)
+    assert [row.split() for row in re.findall(r"^  \d  .{20}(.*)", printed, re.MULTILINE)] == [
+        [f"{size}", f"{model.layers[0].feed_forward.up.out_features}",
+         f"{1024 if n < 5 else 512}", f"0.{n + 1}%"]
+        for n, (size, model) in enumerate(zip(sizes, models))]
+    assert [measure.cache_bytes(model, 1) for model in models] == [1024] * 5 + [512] * 2
+    counts = {kind: [sum(type(m).__name__ == kind for m in model.modules()) for model in models]
+              for kind in ("LayerNorm", "RMSNorm", "SwiGLU", "ModernAttention")}
+    assert counts == {"LayerNorm": [5] + [0] * 6, "RMSNorm": [0] + [5] * 6,
+                      "SwiGLU": [0] * 3 + [2] * 4, "ModernAttention": [0] * 4 + [2] * 3}
+    biases = [any(n.endswith("bias") for n, _ in model.named_parameters()) for model in models]
     tied = [model.output.weight is model.embedding.weight for model in models]
-    assert tied == [True] * 6 + [False]
+    assert biases == [True] * 2 + [False] * 5 and tied == [True] * 6 + [False]
 
 
-# --- longer than trained ------------------------------------------------------------------
+@pytest.mark.parametrize("shared", ["mean", "first"])
+def test_a_shared_key_head_is_the_mean_or_the_first_of_its_group(shared):
+    model = DecoderOnlyTransformer(26, D, 6, 1)
+    old = copy.deepcopy(model.layers[0].self_attention.state_dict())
+    new = grouped_queries.use_grouped_queries(model, 2, shared).layers[0].self_attention
+    for name, value in new.state_dict().items():
+        heads = old[name].split(4)  # the rows of each of 6 heads, in 2 groups
+        if name[:3] in ("w_k", "w_v"):
+            heads = [sum(group) / 3 if shared == "mean" else group[0]
+                     for group in (heads[:3], heads[3:])]
+        close(value, torch.cat(heads), 1e-6)
+
+
+# --- Positions ------------------------------------------------------------------------
+@pytest.mark.parametrize("heads", [1, 3, 4, 6, 8, 12])
+@torch.no_grad()
+def test_alibi_equals_bloom(heads):
+    """Bloom adds slope * position of the key; the softmax cannot tell that from the distance."""
+    queries, keys, values = (torch.randn(3, heads, 7, 5).double() for _ in range(3))
+    mask, real = causal_mask(7, 7) & REAL[:, None, None], REAL[:, None].expand(3, heads, 7)
+    ours, _ = alibi.alibi_attention(queries, keys, values, mask)
+    bias = build_alibi_tensor(REAL.long(), heads, torch.float64).view(3, heads, 1, 7)
+    bias = bias.masked_fill(~mask, -math.inf)
+    close(ours[real], F.scaled_dot_product_attention(queries, keys, values, bias)[real], 1e-6)
+    last, _ = alibi.alibi_attention(queries[:, :, -1:], keys, values, REAL[:, None, None])
+    close(last, ours[:, :, -1:])  # a single query, as with a cache
+
+
+def test_rotary_angles_keep_float64_in_every_model():
+    """Rounded to bfloat16, positions 1000 and 1001 would have the same angles."""
+    exact = 10000.0 ** (-torch.arange(0, 16, 2).double() / 16)
+    for name in ("rotary", "modern"):
+        rotary = BUILT[name](measure.new_model(0)).bfloat16().positional_encoding
+        rotary.interpolation = 2.5
+        rotary(None, torch.tensor([[1000, 1001]]))
+        close(rotary.angles[0, 0], torch.tensor([[400], [400.4]]).double() * exact, 1e-4)
+    with pytest.raises(InputError, match="heads of size 5"):  # an odd size
+        rotary_positions.use_rotary_positions(measure.new_model(0, d_model=20, num_heads=4))
+
+
+# --- Latents and tiles ----------------------------------------------------------------
+@torch.no_grad()
+def test_latent_attention_equals_pytorch_on_expanded_keys_and_values():
+    layer = random_model(CHANGES["latent"]).layers[0].self_attention
+    x = torch.randn(3, 7, D).double()
+    latents = x @ layer.compress.weight.T
+    heads = [layer.w_q(x), latents @ layer.w_k.weight.T, latents @ layer.w_v.weight.T]
+    heads = [each.view(3, 7, H, K).transpose(1, 2) for each in heads]
+    expected = F.scaled_dot_product_attention(*heads, is_causal=True)
+    for layer.absorbed in (False, True):
+        close(layer(x, x, causal_mask(7, 7))[0], layer.w_o(expected.transpose(1, 2).flatten(2)))
+
+
+COLUMNS = torch.arange(13)
+MASKS = {
+    "none": None, "padding": (torch.tensor([13, 4])[:, None] > COLUMNS)[:, None, None],
+    "causal": causal_mask(11, 13), "negative": causal_mask(11, 13),
+    "left padding": causal_mask(11, 13) & (COLUMNS > torch.tensor([6, -1])[:, None])[:, None, None],
+    "blocks": (torch.arange(11)[:, None] // 4 == COLUMNS // 4)[None, None]}
+
+
+@pytest.mark.parametrize("tile", [1, 3, 8, 64])
+@pytest.mark.parametrize("case", MASKS)
+def test_tiles_equal_pytorch_and_the_formula_with_gradients(tile, case, monkeypatch):
+    """The scores of "negative" are about -2000. A query without keys has "left padding"."""
+    monkeypatch.setattr(flash_attention, "TILE", tile)
+    mask, results, shifts = MASKS[case], [], (-30, 30, 0) if case == "negative" else (0, 0, 0)
+    for function in (flash_attention.flash_attention, attention, F.scaled_dot_product_attention):
+        torch.manual_seed(1)
+        inputs = [(torch.randn(2, 3, length, 5).double() + shift).requires_grad_()
+                  for length, shift in zip((11, 13, 13), shifts)]
+        out = function(*inputs, mask)
+        out = out[0] if isinstance(out, tuple) else out
+        if function is attention and mask is not None:
+            out = out * mask.any(-1, keepdim=True)
+        results.append([out, *torch.autograd.grad((out ** 3).sum(), inputs)])
+    for ours, formula, kernel in zip(*results):
+        close(ours, formula)
+        close(ours, kernel)
+
+
+def test_no_matrix_of_all_scores_is_ever_made():
+    def peak(function, length):
+        with flash_attention.Memory() as memory:
+            flash_attention.step(function, length)
+        return memory.peak
+
+    scores, tiles = 2 * 512 * 512 * 4, peak(flash_attention.flash_attention, 512)  # bytes
+    assert peak(attention, 512) > 3 * scores * 0.9  # scores, weights, and their gradient
+    assert tiles < scores and tiles < 2.2 * peak(flash_attention.flash_attention, 256)
+
+
+# --- Longer than trained --------------------------------------------------------------
 @torch.no_grad()
 def test_clipped_relative_keys_equal_wav2vec2_bert():
     """The same scores: clipped distances, one learned vector each (Shaw et al. 2018)."""
-    torch.manual_seed(0)
-    config = Wav2Vec2BertConfig(
+    theirs = random_weights(Wav2Vec2BertSelfAttention(Wav2Vec2BertConfig(
         hidden_size=D, num_attention_heads=H, position_embeddings_type="relative_key",
-        left_max_position_embeddings=2, right_max_position_embeddings=2, attention_dropout=0.0,
-    )  # fmt: skip
-    theirs = random_weights(Wav2Vec2BertSelfAttention(config))
-    model = longer_than_trained.build(DecoderOnlyTransformer, "relative", 0)
-    old = DecoderOnlyTransformer(26, D, H, 1).layers[0].self_attention
-    places = measure.Positions()
-    ours = longer_than_trained.PositionedAttention(old, "relative", places, False).double()
-    for mine, other in ((ours.w_q, theirs.linear_q), (ours.w_k, theirs.linear_k),
-                        (ours.w_v, theirs.linear_v), (ours.w_o, theirs.linear_out)):  # fmt: skip
-        mine.load_state_dict(other.state_dict())
+        left_max_position_embeddings=2, right_max_position_embeddings=2, attention_dropout=0.0)))
+    model = relative(DecoderOnlyTransformer(26, D, H, 1).double())
+    ours = model.layers[0].self_attention
+    for name, other in zip("qkvo", ("linear_q", "linear_k", "linear_v", "linear_out")):
+        getattr(ours, f"w_{name}").load_state_dict(getattr(theirs, other).state_dict())
     # Theirs counts key minus query, ours query minus key.
     ours.table.copy_(theirs.distance_embedding.weight.flip(0))
-    x = torch.randn(3, 7, D).double()
-    real = torch.arange(7) < torch.tensor([[7], [3], [5]])
-    places(x, torch.arange(7)[None])
-    expected = theirs(x, attention_mask=torch.zeros(3, 1, 7, 7).double().masked_fill(
-        ~real[:, None, None], -1e9))[0]  # fmt: skip
-    result = ours(x, x, real[:, None, None])[0]
-    torch.testing.assert_close(result[real], expected[real], atol=1e-10, rtol=0)
-    assert model.layers[0].self_attention.table.std().item() == pytest.approx(0.5, rel=0.3)
+    x, real = torch.randn(3, 7, D).double(), torch.arange(7) < torch.tensor([[7], [3], [5]])
+    model.positional_encoding(x, torch.arange(7)[None])
+    hidden = torch.zeros(3, 1, 7, 7).double().masked_fill(~real[:, None, None], -1e9)
+    close(ours(x, x, real[:, None, None])[0][real], theirs(x, attention_mask=hidden)[0][real])
 
 
 def test_the_count_restarts_at_sep_also_with_left_padding():
-    model = longer_than_trained.build(longer_than_trained.RestartingDecoder, "relative", 0)
-    ids, _ = left_padded([[10, 6, 13, SEP, 20, 16, 23, EOS], [9, SEP, 25, EOS]])
-    assert model.positions_of(ids).tolist() == [
-        [0, 1, 2, 0, 1, 2, 3, 4],
-        [0, 0, 0, 0, 0, 0, 1, 2],
-    ]
-    assert model.positions_of(torch.tensor([[0, 0, 0, 9, 7]])).tolist() == [[0, 0, 0, 0, 1]]
+    ids = torch.tensor([[10, 6, 13, SEP, 20, 16, 23, EOS], [0, 0, 0, 0, 9, SEP, 25, EOS],
+                        [0, 0, 0, 9, 7, 7, 7, 7]])
+    assert longer.RestartingDecoder().positions_of(ids).tolist() == [
+        [0, 1, 2, 0, 1, 2, 3, 4], [0, 0, 0, 0, 0, 0, 1, 2], [0, 0, 0, 0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("way", ["learned", "none", "rotary", "ALiBi", "relative", "sinusoids"])
-@pytest.mark.parametrize(
-    "model_class",
-    [DecoderOnlyTransformer, longer_than_trained.RestartingDecoder, EncoderDecoderTransformer],
-)
-def test_every_way_generates_the_same_with_and_without_a_cache(way, model_class):
-    model = longer_than_trained.build(model_class, way, 1).double().eval()
-    with torch.no_grad():
-        model.embedding.weight.normal_()
+@pytest.mark.parametrize("model_class", [DecoderOnlyTransformer, longer.RestartingDecoder,
+                                         EncoderDecoderTransformer])
+@torch.no_grad()
+def test_every_way_gives_the_same_with_and_without_a_cache(way, model_class):
+    """Vectors, which is stricter, and tokens, also of a beam search."""
+    model = longer.build(model_class, way, 1).double().eval()
+    tokens = torch.tensor([[10, 6, SEP, 20, 16, 23, 9], [9, 9, SEP, 25, 22, 7, 8]])
+    positions, searches = model.positions_of(tokens), model_class is EncoderDecoderTransformer
+    memory = model.run_encoder(tokens[:, :5])[0] if searches else None
+    whole = model.run_decoder(tokens, *([memory, None] if searches else [None]), positions)[0]
+    close(in_pieces(model, tokens, None, positions, memory), whole)
+    model.embedding.weight.normal_()
     prompts = [[10, 6, 13, SEP], [9, SEP], [7, 7, 8, 15, SEP]]
     rows = model.generate(prompts, 12, stop_at=None)
     assert rows == model.generate(prompts, 12, stop_at=None, use_cache=False)
     assert rows == [model.generate([prompt], 12, stop_at=None)[0] for prompt in prompts]
+    if searches:
+        narrow, wide = (model.beam_search(prompts, width, max_new_tokens=6) for width in (1, 3))
+        assert [found[0].tokens for found in narrow] == model.generate(prompts, 6)
+        assert [found[0].tokens for found in wide] == [
+            model.beam_search([prompt], 3, max_new_tokens=6)[0][0].tokens for prompt in prompts]
 
 
-@pytest.mark.parametrize("way", ["rotary", "ALiBi", "relative"])
-@torch.no_grad()
-def test_decoding_in_pieces_gives_the_same_vectors(way):
-    """This is stricter than equal tokens, which can hide slightly wrong vectors."""
-    tokens = torch.tensor([[10, 6, SEP, 20, 16, 23], [9, 9, SEP, 25, 22, 7]])
-    model = longer_than_trained.build(longer_than_trained.RestartingDecoder, way, 0).double()
-    positions = model.positions_of(tokens)
-    caches = [layer.self_attention.new_cache(2, 6) for layer in model.layers]
-    parts = [
-        model.decode(tokens[:, a:b], None, positions[:, a:b], caches)[0]
-        for a, b in ((0, 3), (3, 4), (4, 6))
-    ]
-    torch.testing.assert_close(torch.cat(parts, 1), model.decode(tokens)[0], atol=1e-10, rtol=0)
-
-    model = longer_than_trained.build(EncoderDecoderTransformer, way, 0).double()
-    memory, _ = model.encode(tokens)
-    caches = model.new_caches(2, 6, 6)
-    positions = torch.arange(6)[None]
-    parts = [
-        model.decode(tokens[:, a:b], memory, None, positions[:, a:b], caches)[0]
-        for a, b in ((0, 3), (3, 4), (4, 6))
-    ]
-    whole, _ = model.decode(tokens, memory, None)
-    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-10, rtol=0)
+def test_sources_of_at_most_five_digits_end_with_eos():
+    for batch in measure.loaders(0, longer.end_source)[1]:
+        for row, digits, words in zip(batch["source"].tolist(), batch["digits"], batch["words"]):
+            assert row[len(digits) - 1] == EOS and digits[-1] == "<EOS>"
+            assert len(words) == len(digits) - 1 <= 5 and "<EOS>" not in words
 
 
-@torch.no_grad()
-def test_cross_attention_counts_source_and_target_from_zero():
-    """With equal keys and a large vector for distance 0, word i attends to source token i."""
-    model = longer_than_trained.build(EncoderDecoderTransformer, "relative", 0).double()
-    layer = model.decoder_layers[0].cross_attention
-    layer.w_k.weight.zero_()
-    layer.w_k.bias.zero_()
-    layer.w_q.weight.zero_()
-    layer.w_q.bias.fill_(10.0)
-    layer.table.zero_()
-    layer.table[longer_than_trained.CLIP] = 10.0
-    memory, _ = model.encode(torch.tensor([[10, 6, 13, 9, EOS]]))
-    _, weights = model.decode(torch.tensor([[1, 20, 16, 23, 19]]), memory, None)
-    assert weights[0][0].argmax(-1).tolist() == [[0, 1, 2, 3, 4]] * 4
+@pytest.mark.parametrize("ended", [False, True])
+def test_correct_words_are_divided_by_expected_words(ended):
+    """In turn, a row is complete, lacks its last word, is empty, and has one word too many."""
+    def translate(_, rows):
+        assert all((row[-1] == "<EOS>") == ended for row in rows)
+        words = [[WORD_OF[digit] for digit in row if digit in DIGITS] for row in rows]
+        return [(row, row[:-1], [], [*row, "one"])[i % 4] for i, row in enumerate(words)]
+
+    cells = longer.measure_lengths(None, SimpleNamespace(translate=translate), ended)
+    assert cells == [(0.25, pytest.approx((3 * n - 1) / (4 * n)), 0.25) for n in longer.LENGTHS]
 
 
-def test_a_source_that_ends_with_eos_reaches_the_model():
-    item = longer_than_trained.end_source(
-        {"digits": ["4"], "source": [10], "words": ["four"], "target": [20]}
-    )
-    assert item["source"] == [10, EOS] and item["digits"] == ["4", "<EOS>"]
-    loader, _ = measure.loaders(0, longer_than_trained.end_source, 300, 3)
-    batch = next(iter(loader))
-    for row, digits in zip(batch["source"].tolist(), batch["digits"]):
-        assert row[len(digits) - 1] == EOS and digits[-1] == "<EOS>"
-    assert "<EOS>" not in {token for words in batch["words"] for token in words}
+# --- measure.py and run_all.py --------------------------------------------------------
+def test_a_check_refuses_nan_and_what_is_above_its_limit(monkeypatch):
+    measure.prove("equal", 1e-10)
+    for difference in (math.nan, math.inf, 1.1e-10):
+        with pytest.raises(InputError, match=r"equal \(difference"):
+            measure.prove("equal", difference)
+    append = decoder_only.KeyValueCache.append
+    monkeypatch.setattr(decoder_only.KeyValueCache, "append", lambda *new: (
+        part.flip(2) for part in append(*new)))
+    model = random_weights(measure.new_model(0))
+    with pytest.raises(InputError, match="with and without cache"):
+        measure.prove_cache(model)
 
 
-def test_the_variations_train_on_at_most_five_digits():
-    for part in measure.loaders(0):
-        assert max(len(item["digits"]) for item in part.dataset) == 5
-    digits, words = measure.random_sequences(12, 30)
-    assert {len(row) for row in digits} == {len(row) for row in words} == {12}
+@pytest.mark.parametrize("module", [rotary_positions, alibi, grouped_queries, latent_attention,
+                                    sliding_window], ids=lambda module: module.__name__)
+def test_every_variant_starts_from_the_same_weights(module, monkeypatch):
+    starts = []  # Nothing is trained here. Only weights of attention may differ.
+    monkeypatch.setattr(decoder_only, "train_epoch", lambda model, *_: starts.append(
+        [weight.clone() for name, weight in model.named_parameters() if "attention" not in name]))
+    monkeypatch.setattr(decoder_only, "evaluate", lambda *_: {
+        "exact_match": 1, "examples": [(range(n), 1, 1) for n in range(1, 6)]})
+    monkeypatch.setattr(decoder_only, "translate", lambda model, rows: rows)
+    monkeypatch.setattr(latent_attention, "show_times", lambda: None)
+    module.main()
+    assert len(starts) >= 2 * module.NUM_EPOCHS
+    assert all(a.equal(b) for start in starts for a, b in zip(start, starts[0]))
 
 
-# --- several variations, and numbers of other sizes ---------------------------------------
-def test_two_variations_are_not_combined_by_accident():
-    model = rotary_positions.use_rotary_positions(measure.new_model(0))
-    with pytest.raises(ValueError, match="write one class with both"):
-        sliding_window.use_sliding_window(model, 3)
-    model = grouped_queries.use_grouped_queries(alibi.use_alibi(measure.new_model(0)), 2)
-    formulas = {layer.self_attention.attention_function.func for layer in model.layers}
-    assert formulas == {alibi.alibi_attention}  # a formula is kept
+@each_module
+@pytest.mark.parametrize("name", [None, "BATCH_SIZE", "LEARNING_RATE", "CLIP_NORM", "WARMUP_STEPS"])
+def test_constants_are_checked_also_those_of_decoder_only(module, name, monkeypatch, capsys):
+    own = "TILE" if module is flash_attention else "NUM_EPOCHS"
+    monkeypatch.setattr(decoder_only if name else module, name or own, -1)
+    assert f"{name or own}=-1" in refused(module, monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_variation_runs_in_bfloat16_and_uses_dropout(name):
-    model = CHANGES[name](measure.new_model(0, dropout=0.5)).bfloat16()
-    tokens = torch.tensor([[6, 7, 4, 20]])
-    assert model(tokens).dtype == torch.bfloat16
-    assert torch.equal(model.eval()(tokens), model(tokens))
-    branch, x = model.train().layers[0].self_attention, torch.randn(1, 4, 64).bfloat16()
-    if name == "rotary":
-        model.positional_encoding(x, torch.arange(4)[None])
-    assert not torch.equal(branch(x, x)[0], branch(x, x)[0])
-
-
-def test_dropout_acts_in_the_other_two_attention_classes():
-    x = torch.randn(1, 4, 64)
-    for model in (
-        modern_decoder.build(5, 0, dropout=0.5),
-        longer_than_trained.build(DecoderOnlyTransformer, "relative", 0, dropout=0.5),
-    ):
-        model.positional_encoding(x, torch.arange(4)[None])
-        branch = model.train().layers[0].self_attention
-        assert not torch.equal(branch(x, x)[0], branch(x, x)[0])
-
-
-def test_beam_search_works_with_relative_keys():
-    model = longer_than_trained.build(EncoderDecoderTransformer, "relative", 1).double().eval()
-    with torch.no_grad():
-        model.embedding.weight.normal_()
-        model.output.weight = nn.Parameter(torch.randn_like(model.embedding.weight))
-    sources = [[10, 6, 13], [9], [7, 7, 8, 15]]
-    narrow = model.beam_search(sources, 1, max_new_tokens=6)
-    assert [found[0].tokens for found in narrow] == model.generate(sources, 6)
-    for source, found in zip(sources, model.beam_search(sources, 3, max_new_tokens=6)):
-        alone = model.beam_search([source], 3, max_new_tokens=6)[0]
-        assert found[0].tokens == alone[0].tokens
-        assert found[0].score > narrow[sources.index(source)][0].score - 1e-9
-
-
-def test_an_odd_head_size_cannot_be_rotated():
-    with pytest.raises(ValueError, match="must be even"):
-        rotary_positions.use_rotary_positions(measure.new_model(0, d_model=20, num_heads=4))
-
-
-def test_second_derivatives_of_tiles_are_refused():
-    inputs = [torch.randn(1, 1, 4, 3, requires_grad=True) for _ in range(3)]
-    out = flash_attention.flash_attention(*inputs)[0].sum()
-    (first,) = torch.autograd.grad(out, inputs[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable|require grad"):
-        torch.autograd.grad(first.sum(), inputs[:1])
+def test_run_all_checks_every_file_first_and_prints_one_table(monkeypatch, capsys):
+    assert [*run_all.ORDER] == [module.__name__ for module in VARIATIONS]
+    for n, module in enumerate(VARIATIONS):
+        monkeypatch.setattr(module, "main", lambda n=n: {"base": f"{n}%", "variation": f"{n}.5%"})
+    run_all.main()
+    for n, line in enumerate(capsys.readouterr().out.splitlines()[-8:]):
+        assert line.startswith(VARIATIONS[n].__name__)
+        assert line.split()[-3:] == [f"{n}%", f"{n}.5%", "0.0"]
+    monkeypatch.setattr(modern_decoder, "NUM_EPOCHS", 0)
+    assert "variations/modern_decoder.py: NUM_EPOCHS=0" in refused(run_all, monkeypatch, capsys)
