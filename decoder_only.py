@@ -18,7 +18,7 @@ What it learns here: to continue `4 0 7 <SEP>` with `four zero seven`, and to st
 New here: the causal mask, the key/value cache, and generation with many prompts at once and several
 ways to choose a token. (tiny_gpt.py has the plain loop, in four lines.)
 
-Run it:     python decoder_only.py        (about 14 seconds on one CPU core)
+Run it:     python decoder_only.py        (about 25 seconds on one CPU core)
 Try it:     python decoder_only.py 4 0 7                 (after the run)
 
 The last lines should be close to:
@@ -34,8 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from toy_dataset import (EOS, IGNORE_INDEX, PAD, SEP, VOCABULARY, WORD_OF, check_tokens,
-                         create_dataloaders, exact_match, print_attention, print_examples)
+from toy_dataset import (EOS, IGNORE_INDEX, PAD, VOCABULARY, check_tokens, create_dataloaders,
+                         exact_match, print_attention, print_examples)
 from training import (batches, check_finite, create_optimizer, evaluation_mode, score,
                       time_generation)
 
@@ -443,7 +443,7 @@ def translate(model, sequences, **options):
 
     options: see `generate`. The limit allows the longest answer, <EOS>, and one spare token.
     """
-    prompts = [VOCABULARY.encode(digits) + [SEP] for digits in sequences]
+    prompts = [VOCABULARY.encode([*digits, "<SEP>"]) for digits in sequences]
     limit = max(map(len, prompts), default=1) + 1
     answers = model.generate(prompts, limit, **options)
     return [VOCABULARY.decode(ids[:-1] if ids[-1] == EOS else ids) for ids in answers]
@@ -530,8 +530,8 @@ def show_filters(model, prefix):
         print(f"  {name:20s}{cells}{others:8.1%}{(probabilities > 0).sum().item():10d}")
 
 
-def show_sampling(model, sequences, copies=40):
-    """Print how each strategy speaks the 0 of `sequences`, which have one each, and its mistakes.
+def show_sampling(model, pairs, copies=40):
+    """Print how each strategy speaks the only 0 of each of the `pairs` (digits, words).
 
     A model is calibrated if it says "oh" as often as the data does. Unfiltered sampling is, but it
     also picks some of the many unlikely tokens. top_p removes them, and keeps both right ones.
@@ -545,14 +545,13 @@ def show_sampling(model, sequences, copies=40):
             "top_k=2": {"temperature": 1.0, "top_k": 2},
             "top_p=0.9": {"temperature": 1.0, "top_p": 0.9},
             "top_p=0.6": {"temperature": 1.0, "top_p": 0.6}}.items():
-        prompts = [VOCABULARY.encode(digits) + [SEP] for digits in sequences] * copies
+        prompts = [VOCABULARY.encode([*digits, "<SEP>"]) for digits, _ in pairs] * copies
         answers = model.generate(prompts, max(map(len, prompts)) + 1, **options)
         counts = {zero: 0, OH: 0}
-        for digits, ids in zip(sequences * copies, answers):
+        for (_, words), ids in zip(pairs * copies, answers):
+            right = VOCABULARY.encode([*words, "<EOS>"])
             for word in counts:
-                right = [word if digit == "0" else VOCABULARY.ids[WORD_OF[digit]]
-                         for digit in digits] + [EOS]
-                counts[word] += ids == right
+                counts[word] += ids == [word if i == zero else i for i in right]
         shares = [counts[zero], counts[OH], len(answers) - counts[zero] - counts[OH]]
         print(f"  {name:20s}" + "".join(f"{share / len(answers):8.1%}" for share in shares))
 
@@ -633,7 +632,7 @@ def main():
                     lambda model, batch: compute_loss(model, say_oh(batch)))
     show_filters(speaker, "4 0 7 <SEP> four")
     print("  each strategy on held-out sequences with one 0")
-    show_sampling(speaker, [row for row in digits if row.count("0") == 1][:100])
+    show_sampling(speaker, [pair for pair in zip(digits, words) if pair[0].count("0") == 1][:100])
 
     print("\n3. What a repetition penalty does to answers that must repeat themselves")
     show_repetition_penalty(model, digits, words)

@@ -39,6 +39,8 @@ def number(low, high):
 TINY = sys.float_info.min  # the smallest normal number
 RULES = [  # (pattern of the name, what is allowed, test); the first pattern that fits counts
     ("SEED|WARMUP_STEPS|PROFILE_STEPS", "a whole number, 0 or more", whole(0)),
+    ("SEEDS", "a tuple of whole numbers, 0 or more",
+     lambda value: isinstance(value, tuple) and all(map(whole(0), value)) and value),
     ("FEW_SEQUENCES|ABLATION_LAYERS", "a tuple of positive whole numbers",
      lambda value: isinstance(value, tuple) and all(map(whole(1), value)) and value),
     (r"(D|MAX|NUM)_\w+|\w+_(EPOCHS|EVERY|SIZE|STEPS|WIDTH)|CLIP|TILE|TOP_K",

@@ -189,7 +189,6 @@ def train(name, device, settings, done, state):
     items = list(train_loader.dataset)
     per_epoch = steps_per_epoch(len(items))
     total_steps = NUM_EPOCHS * per_epoch
-    check_warmup(WARMUP_STEPS, total_steps)
     plain_model, optimizer, scaler = build(name, device, items)
     parts = {"model": plain_model, "optimizer": optimizer, "scaler": scaler}
     record = {"history": [], "steps": [], "best": [-1.0], "weights": None, "seconds": 0.0,
@@ -324,7 +323,6 @@ def save_unfinished(settings, done, state=None):
 
     Also writes runs/history.csv (a line per epoch) and runs/steps.csv (a line per step).
     """
-    try_to_write(UNFINISHED, to_bytes({"settings": settings, "done": done, "state": state}))
     records = {**done, **({state["architecture"]: state["record"]} if state else {})}
     epochs = [row for record in records.values() for row in record["history"]]
     steps = [[name, *step] for name, record in records.items() for step in record["steps"]]
@@ -334,6 +332,7 @@ def save_unfinished(settings, done, state=None):
         text = io.StringIO()
         csv.writer(text).writerows(rows)
         try_to_write(RUNS / file, text.getvalue().encode())
+    try_to_write(UNFINISHED, to_bytes({"settings": settings, "done": done, "state": state}))
 
 
 def load_unfinished(settings):
@@ -390,6 +389,9 @@ def check_run():
     if ACCUMULATION_STEPS % WORLD:
         raise InputError(f"ACCUMULATION_STEPS={ACCUMULATION_STEPS} micro-batches cannot be shared "
                          f"evenly among {WORLD} processes: use {WORLD}, {2 * WORLD}, ...")
+    train_loader, _ = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED,
+                                         VALIDATION_SHARE)
+    check_warmup(WARMUP_STEPS, NUM_EPOCHS * steps_per_epoch(len(train_loader.dataset)))
     if COMPILE:
         try:
             torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
@@ -417,15 +419,17 @@ def run():
         if name not in done:
             here = state if state and state["architecture"] == name else None
             done[name] = train(name, device, settings, done, here)
+            if RANK == 0:
+                save_unfinished(settings, done)
         if RANK == 0:
-            save_unfinished(settings, done)
             model = model_class(len(VOCABULARY), D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF, DROPOUT)
             model.load_state_dict(done[name]["weights"])
             all_saved &= save_model(model, CHECKPOINTS / file, done[name]["best"][0], globals())
     if RANK == 0:
         append_to_log(settings, done)
         if all_saved:  # otherwise the next run tries again
-            UNFINISHED.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                UNFINISHED.unlink()
         print(f"\n{'architecture':18s}{'parameters':>12s}{'seconds':>10s}"
               f"{'exact match, best epoch':>26s}")
         for name, record in done.items():

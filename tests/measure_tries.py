@@ -3,7 +3,7 @@
     python tests/measure_tries.py         the "Try" comments of the architecture scripts, and the
                                           constants of the guide's table 11.1 (about 10 minutes)
     python tests/measure_tries.py NAME    an experiment: break_it (every change of that page, 10
-                                          minutes), fine_tuning, few_sequences, or ablations
+                                          minutes), fine_tuning, few_sequences, one_layer, ablations
 
 It prints each measured range next to the claimed range, then the number of wrong claims: those
 that miss the measured range by more than TOLERANCE. Not collected by pytest.
@@ -180,6 +180,74 @@ def few_sequences():
             )
 
 
+def one_layer():
+    """Exact match with one layer: what makes it hard for the encoder-only model?"""
+    import decoder_only
+    import encoder_only
+    import torch
+    from toy_dataset import MASK, SEP, create_dataloaders, exact_match
+    from training import train_for
+
+    def only_five(loader):
+        loader.dataset.indices = [i for i in loader.dataset.indices
+                                  if len(loader.dataset.dataset[i]["digits"]) == 5]
+        return torch.utils.data.DataLoader(loader.dataset, 64, True, collate_fn=loader.collate_fn)
+
+    def restart(model):  # positions count from 0 again after <SEP>
+        table, seen = model.positional_encoding.table, []
+        model.embedding.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+
+        def forward(x):
+            columns, sep = torch.arange(x.size(1)), (seen[-1] == SEP).int().argmax(1)[:, None]
+            return x + table[torch.where(columns > sep, columns - sep - 1, columns)]
+        model.positional_encoding.forward = forward
+
+    def all_masked(model, batch):  # the loss with all words masked, as in evaluation
+        model.eval()
+        return encoder_only.compute_loss(model, batch)
+
+    def hidden(model, batch):  # a GPT whose previous words are hidden
+        words = encoder_only.word_positions(batch["pair"])
+        batch = {**batch, "pair": batch["pair"].masked_fill(words, MASK)}
+        return decoder_only.compute_loss(model, batch)
+
+    print("one layer                                        exact match, % (SEED 0-4)")
+    base = encoder_only.compute_loss
+    for title, script, loss, steps, change, five in (
+            ("encoder-only, as in the script", encoder_only, base, 680, None, False),
+            ("encoder-only, only sequences of five digits", encoder_only, base, 680, None, True),
+            ("encoder-only, positions restart", encoder_only, base, 680, restart, False),
+            ("encoder-only, all words masked", encoder_only, all_masked, 680, None, False),
+            ("the same, four times the steps", encoder_only, all_masked, 2720, None, False),
+            ("decoder-only, as in the script", decoder_only, decoder_only.compute_loss, 680, None,
+             False),
+            ("decoder-only, words hidden: accuracy", decoder_only, hidden, 680, None, False)):
+        scores = []
+        for seed in SEEDS:
+            torch.manual_seed(seed)
+            loaders = create_dataloaders(seed=seed)
+            train, held_out = map(only_five, loaders) if five else loaders
+            kind = "EncoderOnlyTransformer" if script is encoder_only else "DecoderOnlyTransformer"
+            model = getattr(script, kind)(num_layers=1)
+            if change:
+                change(model)
+            train_for(loss, model, train, steps, 3e-3, 40, 1.0)
+            items = list(held_out.dataset)
+            digits, words = [i["digits"] for i in items], [i["words"] for i in items]
+            if loss is hidden:  # every word and <EOS>, predicted without seeing the others
+                right = total = 0
+                for batch in held_out:
+                    masked = batch["pair"].masked_fill(
+                        encoder_only.word_positions(batch["pair"]), MASK)
+                    counts = batch["pair_labels"] >= 0
+                    hits = model(masked).argmax(-1) == batch["pair_labels"]
+                    right, total = right + hits[counts].sum().item(), total + counts.sum().item()
+                scores.append(right / total)
+            else:
+                scores.append(exact_match(script.translate(model, digits), words))
+        print(f"{title:48s} {percent(scores)}", flush=True)
+
+
 def ablations():
     """Exact match of every ablation with 2 and 8 layers."""
     import compare_architectures as compare
@@ -202,7 +270,8 @@ def ablations():
 
 
 def main():
-    experiments = {f.__name__: f for f in (break_it, fine_tuning, few_sequences, ablations)}
+    experiments = {f.__name__: f for f in (
+        break_it, fine_tuning, few_sequences, one_layer, ablations)}
     if not sys.argv[1:]:
         sys.exit(check_claims() > 0)
     import torch

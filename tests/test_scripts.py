@@ -245,7 +245,8 @@ def test_constants_reach_their_place(run):
         per_epoch, last = len(run.loaders[0].dataset) // (3 * 17), 0.0011 / 0.0123
         assert len(run.learned) == 3 * len(run.steps)
     assert run.script == "train_all" or {*constants_of(run.script)} <= {"DEVICE", *VALUES}
-    sizes = {n.lower(): VALUES[n] for n in ("D_MODEL", "NUM_HEADS", "NUM_LAYERS", "D_FF", "DROPOUT")}
+    names = ("D_MODEL", "NUM_HEADS", "NUM_LAYERS", "D_FF", "DROPOUT")
+    sizes = {name.lower(): VALUES[name] for name in names}
     for name, model in run.models.items():
         assert sizes.items() <= model.arguments.items()
         torch.manual_seed(5)  # SEED: the weights; the sequences also depend on it
