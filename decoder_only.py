@@ -632,7 +632,9 @@ def main():
                     lambda model, batch: compute_loss(model, say_oh(batch)))
     show_filters(speaker, "4 0 7 <SEP> four")
     print("  each strategy on held-out sequences with one 0")
-    show_sampling(speaker, [pair for pair in zip(digits, words) if pair[0].count("0") == 1][:100])
+    pairs = [pair for pair in zip(digits, words) if pair[0].count("0") == 1][:100]
+    if pairs:  # with very short sequences, there may be none
+        show_sampling(speaker, pairs)
 
     print("\n3. What a repetition penalty does to answers that must repeat themselves")
     show_repetition_penalty(model, digits, words)

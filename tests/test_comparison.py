@@ -14,6 +14,8 @@ import torch
 import compare_architectures as compare
 import decoder_only
 import encoder_decoder
+import take_apart
+import toy_dataset
 from housekeeping import save_model
 from quick_start import ARCHITECTURES
 from toy_dataset import DIGITS, WORD_OF, exact_match
@@ -61,8 +63,8 @@ def test_influence_is_measured_and_compared_with_the_mask(leaks, monkeypatch, ca
 
 
 def test_section_3_scores_held_out_rows_and_copies_early_models(monkeypatch):
-    """All three get the same batches. A copy has the weights after UNDERTRAINED_STEPS steps."""
-    set_all(monkeypatch, NUM_SAMPLES=400, NUM_STEPS=7, EVALUATE_EVERY=3, UNDERTRAINED_STEPS=4,
+    """All three get the same batches. A copy has the weights of an early step."""
+    set_all(monkeypatch, NUM_SAMPLES=400, NUM_STEPS=7, EVALUATE_EVERY=3, UNDERTRAINED_STEPS=5,
             BATCH_SIZE=50, train=functools.partial(compare.train, warmup_steps=2))
     steps, scored = {}, {name: [] for name in ARCHITECTURES}
 
@@ -82,7 +84,8 @@ def test_section_3_scores_held_out_rows_and_copies_early_models(monkeypatch):
         assert scored[name] == [held_out] * 3
         assert [(step, *scores) for step, _, *scores in curves[name]] == [
             (3, 0.1, 1), (6, 0.2, 2), (7, 0.3, 3)]
-        assert early[name].output.weight.equal(weights[4])
+        copied = weights[4 if name == "encoder-decoder" else 5]
+        assert early[name].output.weight.equal(copied)
         assert not models[name].output.weight.equal(weights[6])
 
 
@@ -287,7 +290,7 @@ def test_a_run_from_a_clean_checkout_supports_what_it_says(script):
     printed, last = done.stdout, done.stdout.split("8. Ablations")[1]
     assert printed.count("Using the small model trained in section 3 instead\n") == 3
     titles = re.findall(r"^    (\d) (.*?)  ", compare.__doc__, flags=re.MULTILINE)
-    assert re.findall(r"^(\d)\. ([\w ]+)", printed, flags=re.MULTILINE) == titles
+    assert re.findall(r"^(\d)\. ([\w, ]+)", printed, flags=re.MULTILINE) == titles
     assert printed.count("Measurement and mask agree") == 4 and "DIFFER" not in printed
     scores = re.findall(r"([\d.]+)%   (?:by scoring|trained on both|given)", printed)
     assert len(scores) == 4 and min(map(float, scores)) > 95
@@ -323,3 +326,34 @@ def test_the_sections_get_the_checkpoints_that_are_good_enough(tmp_path, monkeyp
                                          ("ABLATION_LAYERS", ()), ("EVALUATE_EVERY", 0)])
 def test_constants_that_cannot_work_are_rejected_at_once(name, value, monkeypatch, capsys):
     assert f"{name}={value}" in refused(compare, monkeypatch, capsys, **{name: value})
+
+
+# --- take_apart.py --------------------------------------------------------------------
+def test_a_rule_replaces_attention_and_a_wrong_rule_does_not(monkeypatch):
+    monkeypatch.setattr(take_apart, "NUM_STEPS", 350)
+    subject, part = take_apart.new_subject("encoder-only", 0), "layers.1.self_attention"
+    assert all(toy_dataset.is_held_out(item["digits"], 0.1) for item in subject.held_out)
+    learned = subject.score(200)
+    take_apart.replace(subject, part, take_apart.READ)
+    assert learned > 0.9 and subject.score(200) > learned - 0.02
+    take_apart.replace(subject, part, take_apart.READ_NEXT)
+    assert subject.score(200) < 0.05
+    take_apart.restore(subject, [part])
+    assert subject.score(200) == learned
+    take_apart.replace(subject, "layers.0.feed_forward", "table by own token and role")
+    assert subject.hooks
+    take_apart.restore(subject, ["layers.0.feed_forward"])
+    assert subject.score(200) == learned and not subject.hooks
+
+
+def test_a_table_holds_the_mean_of_what_a_module_adds():
+    model = random_model("decoder_only")
+    items = [toy_dataset.make_item(digits) for digits in (["4", "0"], ["7"], ["1", "2"])]
+    subject = take_apart.Subject("decoder-only", model, [toy_dataset.collate_fn(items)], items)
+    known, means = take_apart.measure(subject, "layers.1.feed_forward", ())
+    outputs = []
+    hook = model.layers[1].feed_forward.register_forward_hook(lambda _, __, y: outputs.append(y))
+    pair = subject.measured[0]["pair"]
+    model(pair)
+    hook.remove()
+    assert known.tolist() == [0] and torch.allclose(means[0], outputs[0][pair != 0].mean(0))

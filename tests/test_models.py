@@ -156,7 +156,7 @@ def test_no_helper_uses_dropout(name, dropped, capsys):
             lambda: script.show_alignment(model, digits)],
         "decoder_only": [
             lambda: script.show_filters(model, "4 <SEP>"),
-            lambda: script.show_sampling(model, digits, copies=1),
+            lambda: script.show_sampling(model, list(zip(digits, words)), copies=1),
             lambda: script.show_repetition_penalty(model, digits, words),
             lambda: script.show_attention(model, ["4", "0"])],
         "encoder_decoder": [

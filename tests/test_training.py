@@ -277,7 +277,7 @@ def test_training_for_comparisons_equals_epochs_of_training(name, clock):
     def watch(step, loss, seconds):
         watched.append((step, loss, seconds))
         clock.now += 1
-        trained.eval()  # as after an evaluation
+        trained.train(step == 7)  # as after an evaluation, except at the end
 
     trained.output.register_forward_pre_hook(lambda *_: setattr(clock, "now", clock.now + 0.25))
     torch.manual_seed(3)
