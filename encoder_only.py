@@ -45,7 +45,8 @@ from torch import nn
 from toy_dataset import (DIGITS, FIRST_ORDINARY, IGNORE_INDEX, MASK, PAD, SEP, VOCABULARY, WORDS,
                          check_tokens, create_dataloaders, exact_match, pad_rows, padding_mask,
                          print_attention, print_examples)
-from training import batches, check_finite, create_optimizer, evaluation_mode, score
+from training import (batches, check_finite, check_warmup, create_optimizer, evaluation_mode,
+                      score)
 
 # =====================================================================================
 # LEGEND   B  batch                              D  d_model: the size of a token's vector
@@ -503,6 +504,7 @@ def show_attention(model, row):
 def main():
     device = prepare(globals())
     train_loader, val_loader = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED)
+    check_warmup(WARMUP_STEPS, min(NUM_EPOCHS, FINETUNE_EPOCHS) * len(train_loader))
     model = EncoderOnlyTransformer(len(VOCABULARY), D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF,
                                    DROPOUT).to(device)
     print(f"encoder-only: {sum(p.numel() for p in model.parameters()):,} parameters, "

@@ -310,7 +310,7 @@ def verdict(script, *words, **constants):
 
 
 WRONG = {int: [0, 1.5, True, "64", 2.0], float: ["0.1", True, 10 ** 400], bool: [0, 1, "True"],
-         str: ["float8", 0], tuple: [(), (-1,), (2.5,), [2], 2]}
+         str: ["float8", 0], tuple: [(), (0, -1), (2.5,), [2], 2]}
 GOOD = {"DEVICE None", "SEED 0", "WARMUP_STEPS 0", "PROFILE_STEPS 0"}
 
 
