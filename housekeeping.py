@@ -210,11 +210,12 @@ def load_model(model_class, path, device="cpu", at_least=0.0):
     Raises InputError for a score below `at_least`, so that a failed run spoils no other script.
     """
     model = model_class.load(path, device)
-    text = f"{path.parent.name}/{path.name}: exact match {model.notes['exact_match']:.1%}"
-    if model.notes["exact_match"] < max(at_least, 0.9):
+    score = model.notes.get("exact_match", 0.0)  # a model without notes was saved by hand
+    text = f"{path.parent.name}/{path.name}: exact match {score:.1%}"
+    if score < max(at_least, 0.9):
         text += ", trained with " + ", ".join(
-            f"{name}={value}" for name, value in model.notes["constants"].items())
-    if model.notes["exact_match"] < at_least:
+            f"{name}={value}" for name, value in model.notes.get("constants", {}).items())
+    if score < at_least:
         raise InputError(text)
     print(text)
     return model

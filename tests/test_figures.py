@@ -69,7 +69,7 @@ def test_a_run_makes_every_committed_figure_and_none_is_blank(script):
 
 @pytest.mark.parametrize("module, name, value", [
     *((visual, "SENTENCE", value) for value in ("", "four", "4 x", 407, "7 " * 21)),
-    (visual, "NUM_HEADS", 3), (train_all, "LEARNING_RATE", "a"),
+    (visual, "NUM_HEADS", 3), (train_all, "LEARNING_RATE", "a"), (train_all, "WARMUP_STEPS", 9999),
     (visual, "FIGURES", ROOT / "LICENSE" / "figures")])
 def test_what_cannot_be_drawn_or_written_is_rejected_at_once(
         module, name, value, monkeypatch, capsys):
@@ -188,7 +188,8 @@ def test_curves_come_from_a_whole_history_or_from_small_models(damage, tmp_path,
     assert source in names(figure.findobj(Text))
 
 
-def test_the_learning_rate_figure_shows_the_rates_of_train_all(draw):
+def test_the_learning_rate_figure_shows_the_rates_of_train_all(draw, monkeypatch):
+    monkeypatch.setattr(train_all, "MIN_LEARNING_RATE", 2e-4)
     rates, *marked = draw("learning_rate")[0].axes[0].lines
     training, _ = create_dataloaders(train_all.NUM_SAMPLES, train_all.MAX_DIGITS, 32, 0,
                                      train_all.VALIDATION_SHARE)

@@ -16,7 +16,7 @@ from housekeeping import InputError, run_script
 
 # In reading order, with what the table shows
 ORDER = {
-    "rotary_positions": "exact match on 7 digits, both interpolated",
+    "rotary_positions": "exact match, 7 digits, interpolated",
     "alibi": "exact match on 6 digits",
     "longer_than_trained": "exact match, decoder-only",
     "grouped_queries": "exact match, cache per token",
