@@ -3,32 +3,32 @@ compare_architectures.py - measure which architecture suits which task, and why
 
 Every number in a table is measured in this run.
 
-    1 Which token attends to which   change one input token, and see which outputs change
-    2 What each is trained on        one sequence each: input, label, loss
-    3 One task, one budget           steps and seconds to 90% and 99% exact match
-    4 Few training sequences         where the architectures differ most
-    5 What each costs                parameters, passes, multiply-adds, milliseconds, cache
-    6 What each can and cannot do    tasks and inputs that it was not trained for
-    7 How to generate                from greedy to beam search, with undertrained models
-    8 Ablations                      one change at a time, in a shallow and a deep model
+    1 Which token attends to which  change one input token, and see which outputs change
+    2 One task, one budget          steps and seconds to 90% and 99% exact match
+    3 Few training sequences        where the architectures differ most
+    4 What each costs               parameters, passes, multiply-adds, milliseconds, cache
+    5 What each can and cannot do   tasks and inputs that it was not trained for
+    6 How to generate               from greedy to beam search, with undertrained models
+    7 Ablations                     one change at a time, in a shallow and a deep model
 
-Which one to choose for a real task: guide/architectures.md.
+guide/architectures.md says which one to choose for a real task.
 
 Run it:     python compare_architectures.py        (about 100 seconds on one CPU core)
 
-Sections 1, 2, 5, and 6 use the models in checkpoints/. If one is missing, or scores below 90%, they
-use the model trained in section 3.
+Sections 1, 4, and 5 use the models in checkpoints/. If one is missing, or scores below 90%, they
+use the model trained in section 2.
 """
 import copy
 import functools
 import math
 import random
 
-from housekeeping import CHECKPOINTS, InputError, choose_device, load_model, prepare, run_script
+from housekeeping import InputError, choose_device, load_model, prepare, run_script
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+import decoder_only
 import encoder_decoder
 import encoder_only
 from quick_start import ARCHITECTURES
@@ -51,16 +51,16 @@ BATCH_SIZE = 32
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 40
 CLIP_NORM = 1.0
-NUM_STEPS = 500          # section 3: steps per architecture
-EVALUATE_EVERY = 25      # section 3: steps between two evaluations
-FEW_STEPS = 300          # section 4: steps per model
-FEW_SEQUENCES = (50, 200)  # section 4: sizes of the training sets
-UNDERTRAINED_STEPS = 75  # section 7: steps of the decoder-only model; the other one gets 4/5
-ABLATION_STEPS = 250     # section 8: steps per variant
-ABLATION_LAYERS = (2, 8)  # section 8: numbers of layers
+NUM_STEPS = 500          # section 2: steps per architecture
+EVALUATE_EVERY = 25      # section 2: steps between two evaluations
+FEW_STEPS = 300          # section 3: steps per model
+FEW_SEQUENCES = (50, 200)  # section 3: sizes of the training sets
+UNDERTRAINED_STEPS = 75  # section 6: steps of the decoder-only model; the other one gets 4/5
+ABLATION_STEPS = 250     # section 7: steps per variant
+ABLATION_LAYERS = (2, 8)  # section 7: numbers of layers
+GUESS = False            # True: asks for your guesses about section 7 first, and scores them
 SEED = 0
 DEVICE = "cpu"           # or "cuda", "mps"
-NUM_THREADS = 1
 # =====================================================================================
 
 
@@ -140,37 +140,11 @@ def show_influence(models):
             print(f"    {label:8s}{grids[0]}    {grids[1]}")
 
 
-# --- 2. What each is trained on -------------------------------------------------------
-@torch.no_grad()
-def show_training_rows(models, digits):
-    """Print one row as each model gets it in training: the input, label, and loss per position."""
-    print(f"\n2. What each is trained on: the row {' '.join(digits)}, its labels, and the loss at "
-          "each position in nats")
-    batch = to_device(collate_fn([make_item(digits)]), choose_device(DEVICE))
-    for name, model in models.items():
-        if name == "encoder-only":
-            generator = torch.Generator(DEVICE).manual_seed(SEED)
-            inputs, labels = encoder_only.mask_tokens(batch["pair"], generator=generator)
-            logits = model.eval()(inputs, batch["pair_mask"])
-        else:
-            inputs = batch["decoder_input" if name == "encoder-decoder" else "pair"]
-            logits, labels = ARCHITECTURES[name][0].logits_and_labels(model.eval(), batch)
-        losses = -logits.log_softmax(-1)[0]  # (T, V)
-        columns = []
-        for position, (token, label) in enumerate(zip(inputs[0].tolist(), labels[0].tolist())):
-            counts = label != IGNORE_INDEX
-            columns.append((VOCABULARY.tokens[token], VOCABULARY.tokens[label] if counts else "-",
-                            f"{losses[position, label].item():.3f}" if counts else "-"))
-        print(f"  {name}" + (f", source {' '.join(digits)}" if name == "encoder-decoder" else ""))
-        for title, cells in zip(("input", "label", "loss"), zip(*columns)):
-            print(f"    {title:6s}" + "".join(f"{cell:>8s}" for cell in cells))
-
-
-# --- 3. One task, one budget ----------------------------------------------------------
+# --- 2. One task, one budget ----------------------------------------------------------
 def train_on_one_budget():
     """Train all three for NUM_STEPS steps on the same batches.
 
-    Returns {name: model}, {name: [(step, seconds, exact match, loss), ...]}, and for section 7
+    Returns {name: model}, {name: [(step, seconds, exact match, loss), ...]}, and for section 6
     {name: the model after `undertrained_steps`}.
     """
     _, val_loader = loaders()
@@ -192,7 +166,7 @@ def train_on_one_budget():
 
 def show_learning_curves(curves):
     """Print the steps to 90% and 99% exact match, the final scores, and the learning curves."""
-    print(f"\n3. One task, one budget: {NUM_STEPS} steps of {BATCH_SIZE} rows each, same data, "
+    print(f"\n2. One task, one budget: {NUM_STEPS} steps of {BATCH_SIZE} rows each, same data, "
           f"d_model {D_MODEL}, {NUM_LAYERS} layers")
     print(f"  {'':17s}{'to 90%':>20s}{'to 99%':>20s}{'exact match':>13s}{'loss':>9s}"
           f"{'ms per step':>13s}")
@@ -216,7 +190,7 @@ def show_learning_curves(curves):
           "two\n  seeds), they keep dipping to the last step.")
 
 
-# --- 4. Few training sequences --------------------------------------------------------
+# --- 3. Few training sequences --------------------------------------------------------
 @torch.inference_mode()
 def exact_match_given_length(name, model, digits, words):
     """Return the exact match with the output length given and <EOS> forbidden."""
@@ -235,7 +209,7 @@ def exact_match_given_length(name, model, digits, words):
 
 def show_few_sequences():
     """Train each architecture on few sequences and print the exact match on held-out ones."""
-    print(f"\n4. Few training sequences: {FEW_STEPS} steps of {BATCH_SIZE} rows, one seed, exact "
+    print(f"\n3. Few training sequences: {FEW_STEPS} steps of {BATCH_SIZE} rows, one seed, exact "
           "match on held-out sequences")
     print(f"  {'trained on':30s}" + "".join(f"{f'{n} sequences':>15s}" for n in FEW_SEQUENCES))
     digits, words = held_out_sequences()
@@ -254,7 +228,7 @@ def show_few_sequences():
           "lead, as\n  the rows with the length given show.")
 
 
-# --- 5. What each costs ---------------------------------------------------------------
+# --- 4. What each costs ---------------------------------------------------------------
 def multiply_adds(run):
     """Return the multiply-adds in the matrix products of `run()` (two operations each)."""
     with FlopCounterMode(display=False) as counter:
@@ -275,7 +249,7 @@ def cache_bytes(name, model, source_length, num_tokens):
 
 
 def show_costs(models, digits):
-    print("\n5. What each costs")
+    print("\n4. What each costs")
     for name, model in models.items():
         counts = parameters_by_component(model)
         print(f"  {name:16s}{sum(counts.values()):10,d} parameters: "
@@ -304,7 +278,7 @@ def show_costs(models, digits):
                   + "".join(f"{1000 * s:12.1f}" for s in seconds) + kept)
 
 
-# --- 6. What each can and cannot do ---------------------------------------------------
+# --- 5. What each can and cannot do ---------------------------------------------------
 @torch.no_grad()
 def digit_by_scoring(name, model, digits, position, words):
     """Return the digit at `position` that gives `words` the highest probability.
@@ -368,7 +342,7 @@ def show_longer_inputs(models):
 
 
 def show_limits(models):
-    print("\n6. What each can and cannot do")
+    print("\n5. What each can and cannot do")
     digits, words = held_out_sequences()
     show_words_to_digits(models, digits, words)
     show_longer_inputs(models)
@@ -376,14 +350,9 @@ def show_limits(models):
     for name, model in models.items():
         written = ARCHITECTURES[name][0].translate(model, [["4", "x", "7"]])[0]
         print(f"    {name:16s} {' '.join(written)}")
-    print("  stopping: fraction of answers with exactly as many words as digits")
-    for name, model in models.items():
-        written = ARCHITECTURES[name][0].translate(model, digits)
-        same = exact_match([len(row) for row in written], [len(row) for row in digits])
-        print(f"    {name:16s} {same:6.1%}" + ("   given" if name == "encoder-only" else ""))
 
 
-# --- 7. How to generate ---------------------------------------------------------------
+# --- 6. How to generate ---------------------------------------------------------------
 STRATEGIES = {
     "decoder-only": {
         "greedy": {}, "temperature 0.5": {"temperature": 0.5},
@@ -398,14 +367,14 @@ STRATEGIES = {
 
 
 def undertrained_steps(name):
-    """Return after how many steps section 7 takes a model: while it still makes mistakes."""
+    """Return after how many steps section 6 takes a model: while it still makes mistakes."""
     steps = UNDERTRAINED_STEPS * (4 if name == "encoder-decoder" else 5) // 5
     return max(1, min(steps, NUM_STEPS))
 
 
 def show_generation(undertrained):
     digits, words = held_out_sequences()
-    print(f"\n7. How to generate: undertrained models of section 3, on {len(digits)} held-out "
+    print(f"\n6. How to generate: undertrained models of section 2, on {len(digits)} held-out "
           "sequences")
     for name, strategies in STRATEGIES.items():
         print(f" strategies of the {name} model, after {undertrained_steps(name)} steps")
@@ -413,7 +382,7 @@ def show_generation(undertrained):
         show_strategies(translate, undertrained[name], digits, words, strategies, SEED)
 
 
-# --- 8. Ablations ---------------------------------------------------------------------
+# --- 7. Ablations ---------------------------------------------------------------------
 def without_positions(model):
     """Ablation: zero the positional encodings."""
     model.positional_encoding.table.zero_()
@@ -459,36 +428,52 @@ def without_cross_padding_mask(model):
     model.run_decoder = unmasked
 
 
-ABLATIONS = [  # (name, architecture, arguments, change, warmup steps, prediction)
-    ("baseline", "decoder-only", {}, None, WARMUP_STEPS, "learns the task"),
-    ("without positions", "decoder-only", {}, without_positions, WARMUP_STEPS,
+ABLATIONS = [  # (name, arguments, change, warmup steps, what we predicted)
+    ("baseline", {}, None, WARMUP_STEPS, "learns the task"),
+    ("without positions", {}, without_positions, WARMUP_STEPS,
      "words in the wrong order, though the causal mask hints at positions"),
-    ("without 1/sqrt(K)", "decoder-only", {}, without_scaling, WARMUP_STEPS,
+    ("without 1/sqrt(K)", {}, without_scaling, WARMUP_STEPS,
      "little harm: with K = 16, scores are only 4 times as large"),
-    ("without residuals", "decoder-only", {}, without_residuals, WARMUP_STEPS,
+    ("without residuals", {}, without_residuals, WARMUP_STEPS,
      "two layers may still learn; deep models do not"),
-    ("post-norm", "decoder-only", {}, post_norm, WARMUP_STEPS,
-     "as good with two layers; worse in deep models"),
-    ("one head", "decoder-only", {"num_heads": 1}, None, WARMUP_STEPS,
+    ("post-norm", {}, post_norm, WARMUP_STEPS, "as good with two layers; worse in deep models"),
+    ("one head", {"num_heads": 1}, None, WARMUP_STEPS,
      "worse: only one attention pattern per layer"),
-    ("without warmup", "decoder-only", {}, None, 0, "little harm, because the model is pre-norm")]
+    ("without warmup", {}, None, 0, "little harm, because the model is pre-norm")]
 
 
-def show_ablations():
-    print(f"\n8. Ablations: one change at a time, {ABLATION_STEPS} steps, one seed, exact match")
+def ask_for_guesses():
+    """Return the reader's guess for each ablation: does it still learn? One answer per depth."""
+    print("\nYour guesses: after each change, does the model still reach 90%? Answer y or n")
+    guesses = {}
+    for title, *_ in ABLATIONS[1:]:
+        for num_layers in ABLATION_LAYERS:
+            answer = input(f"  {title}, {num_layers} layers: ")
+            guesses[title, num_layers] = answer.strip().lower().startswith("y")
+    return guesses
+
+
+def show_ablations(guesses):
+    """Train a decoder-only model with each ablation, and score the reader's guesses, if any."""
+    print(f"\n7. Ablations: one change at a time in a decoder-only model, {ABLATION_STEPS} steps, "
+          "one seed,\n   exact match. Which change do you expect to hurt only the deep model?")
     print(f"  {'variant':36s}" + "".join(f"{f'{n} layers':>12s}" for n in ABLATION_LAYERS)
           + "   predicted")
     digits, words = held_out_sequences()
-    for title, name, arguments, change, warmup_steps, prediction in ABLATIONS:
-        scores = []
+    right = 0
+    for title, arguments, change, warmup_steps, prediction in ABLATIONS:
+        cells = ""
         for num_layers in ABLATION_LAYERS:
-            model = new_model(name, num_layers=num_layers, **arguments)
+            model = new_model("decoder-only", num_layers=num_layers, **arguments)
             if change is not None:
                 change(model)
-            train(name, model, ABLATION_STEPS, warmup_steps)
-            scores.append(exact_match(ARCHITECTURES[name][0].translate(model, digits), words))
-        cells = "".join(f"{score:12.1%}" for score in scores)
+            train("decoder-only", model, ABLATION_STEPS, warmup_steps)
+            score = exact_match(decoder_only.translate(model, digits), words)
+            cells += f"{score:12.1%}"
+            right += guesses.get((title, num_layers)) == (score >= 0.9)
         print(f"  {title:36s}{cells}   {prediction}")
+    if guesses:
+        print(f"  You guessed {right} of {len(guesses)} right.")
     print("  With the constants unchanged, three predictions are wrong. Without warmup, eight\n"
           "  layers learn nothing, although they are pre-norm. Post-norm and one head make no\n"
           "  difference at either depth. Other seeds agree (python tests/measure_tries.py\n"
@@ -525,27 +510,24 @@ def show_padding_ablation():
 
 def main():
     prepare(globals())
+    guesses = ask_for_guesses() if GUESS else {}
     models = {}
     for name, (_, model_class, file) in ARCHITECTURES.items():
         try:
-            models[name] = load_model(model_class, CHECKPOINTS / file, DEVICE, at_least=0.9)
-            size = models[name].arguments
-            print(f"{name}: from checkpoints/{file}, d_model {size['d_model']}, "
-                  f"{size['num_layers']} layers")
+            models[name] = load_model(model_class, file, DEVICE, at_least=0.9)
         except InputError as error:
-            print(f"{name}: {error}. Using the small model trained in section 3 instead")
-    print(f"training the three models of section 3, {NUM_STEPS} steps each", flush=True)
+            print(f"{name}: {error}. Using the small model trained in section 2 instead")
+    print(f"training the three models of section 2, {NUM_STEPS} steps each", flush=True)
     trained, curves, undertrained = train_on_one_budget()
     models = {name: models.get(name, trained[name]) for name in ARCHITECTURES}
     digits = list("40725819361094837265"[:max(3, MAX_DIGITS)])
     show_influence(models)
-    show_training_rows(models, digits[:3])
     show_learning_curves(curves)
     show_few_sequences()
     show_costs(models, digits)
     show_limits(models)
     show_generation(undertrained)
-    show_ablations()
+    show_ablations(guesses)
     show_padding_ablation()
 
 

@@ -29,15 +29,14 @@ The last lines should be close to:
 """
 import math
 
-from housekeeping import CHECKPOINTS, BaseModel, load_model, prepare, run_script, save_model
+from housekeeping import BaseModel, load_model, prepare, run_script, save_model
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from toy_dataset import (EOS, IGNORE_INDEX, PAD, VOCABULARY, check_tokens, create_dataloaders,
-                         exact_match, print_attention, print_examples)
-from training import (batches, check_finite, create_optimizer, evaluation_mode, score,
-                      time_generation)
+                         print_attention, print_examples)
+from training import batches, check_finite, create_optimizer, score
 
 # =====================================================================================
 # LEGEND   B  batch                              D  d_model: the size of a token's vector
@@ -64,7 +63,6 @@ NUM_EPOCHS = 8           # passes over the training data, 85 steps each. Try 1: 
 # The run
 SEED = 0                 # weights, data, and sampling
 DEVICE = "cpu"           # or "cuda", "mps"; the numbers in this file were measured on a CPU
-NUM_THREADS = 1          # CPU threads
 # =====================================================================================
 
 
@@ -87,7 +85,7 @@ def attention(queries, keys, values, mask=None, dropout=0.0):
     """
     scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.size(-1))  # (B, H, T, S)
     if mask is not None:
-        # subtle: not -inf. A query that may attend to nothing (padding, in decoder_only.py) would
+        # subtle: not -inf. A query that may attend to nothing (padding on the left) would
         # become 0/0 = NaN. With the lowest finite number it gets an average that nothing uses.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, dim=-1)
@@ -322,11 +320,6 @@ def choose_next_token(logits, generated, temperature=0.0, top_k=None, top_p=None
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)  # (B,)
 
 
-def cut_after(ids, stop_at):
-    """Return `ids` up to and including the first `stop_at`, or all of them if there is none."""
-    return ids[:ids.index(stop_at) + 1] if stop_at in ids else ids
-
-
 # --- 4. The model and `generate` (the heart of this file) -----------------------------
 class DecoderOnlyTransformer(BaseModel):
     """A causal transformer that predicts the next token at every position.
@@ -423,7 +416,7 @@ class DecoderOnlyTransformer(BaseModel):
         positions = self.positions_of(tokens)
         caches = [layer.self_attention.new_cache(*tokens.shape)
                   for layer in self.layers] if use_cache else None
-        with evaluation_mode(self):
+        with self.evaluation_mode():
             for end in range(n, n + max_new_tokens):
                 past = caches[0].length if use_cache else 0  # send only what is not cached yet
                 hidden, _ = self.run_decoder(
@@ -434,8 +427,9 @@ class DecoderOnlyTransformer(BaseModel):
                     repetition_penalty, generator)
                 if stop_at is not None and (tokens[:, n:end + 1] == stop_at).any(1).all():
                     break
-        # Short answers keep growing until all have ended. Cut the extra tokens off.
-        return [cut_after(ids, stop_at) for ids in tokens[:, n:end + 1].tolist()]
+        # Short answers keep growing until all have ended. Cut off what follows the first stop_at.
+        answers = tokens[:, n:end + 1].tolist()
+        return [ids[:ids.index(stop_at) + 1] if stop_at in ids else ids for ids in answers]
 
 
 def translate(model, sequences, **options):
@@ -478,7 +472,7 @@ def train_epoch(model, loader, optimizer, scheduler, clip_norm, loss_function=co
     total = 0.0
     for batch in batches(loader, next(model.parameters()).device):
         loss = loss_function(model, batch)
-        check_finite(loss.item(), scheduler.last_epoch)  # which is the step, despite its name
+        check_finite(loss.item(), f"at step {scheduler.last_epoch}")  # the step, despite its name
         optimizer.zero_grad()  # otherwise backward() adds to the gradients of the previous step
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # one odd batch cannot do much harm
@@ -556,33 +550,7 @@ def show_sampling(model, pairs, copies=40):
         print(f"  {name:20s}" + "".join(f"{share / len(answers):8.1%}" for share in shares))
 
 
-def show_repetition_penalty(model, digits, words):
-    """Print the exact match under repetition penalties, which also suppress correct repetition."""
-    repeats = [len(set(row)) < len(row) for row in digits]
-    print(f"  {'':34s}{'all digits differ':>18s}{'a digit repeats':>18s}")
-    for penalty in (1.0, 1.5, 3.0, 6.0):
-        written = translate(model, digits, repetition_penalty=penalty)
-        cells = ""
-        for wanted in (False, True):
-            pairs = [(a, b) for a, b, repeated in zip(written, words, repeats)
-                     if repeated == wanted]
-            cells += f"{exact_match(*zip(*pairs)):18.1%}" if pairs else f"{'-':>18s}"
-        print(f"  repetition_penalty={penalty:<15}{cells}")
-
-
 # --- 7. Looking inside ----------------------------------------------------------------
-def show_cache(model, lengths=(32, 64, 128, 256)):
-    """Print how long generation takes with and without the cache.
-
-    With the cache, the time grows almost linearly with the length. Without it, each token needs a
-    pass over all previous tokens, so the speedup grows with the length.
-    """
-    seconds = time_generation(model, lengths)
-    print("  tokens    with cache   without    speedup")
-    for length, cached, uncached in zip(lengths, seconds[True], seconds[False]):
-        print(f"  {length:6d}   {cached:8.3f} s {uncached:8.3f} s {uncached / cached:9.1f}")
-
-
 @torch.inference_mode()
 def show_attention(model, digits):
     """Print the attention of the head in which the query for word i attends most to digit i."""
@@ -619,8 +587,10 @@ def main():
         result = evaluate(model, val_loader)
         print(f"  epoch {epoch:2d}   train loss {train_loss:.4f}   "
               f"validation loss {result['loss']:.4f}   exact match {result['exact_match']:6.1%}")
-    save_model(model, CHECKPOINTS / "decoder_only.pt", result["exact_match"], globals())
-    digits, words = [e[0] for e in result["examples"]], [e[1] for e in result["examples"]]
+    save_model(model, "decoder_only.pt", result["exact_match"], globals())
+    digits = [digits for digits, _, _ in result["examples"]]
+    same = translate(model, digits, use_cache=False) == translate(model, digits)
+    print(f"  with and without the cache, it gives the same answers: {same}")
 
     print("\n2. Sampling, when two answers are right: 0 is spoken \"zero\" (70%) or \"oh\" (30%)")
     speaker = DecoderOnlyTransformer(len(VOCABULARY) + 1, D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF,
@@ -632,20 +602,11 @@ def main():
                     lambda model, batch: compute_loss(model, say_oh(batch)))
     show_filters(speaker, "4 0 7 <SEP> four")
     print("  each strategy on held-out sequences with one 0")
-    pairs = [pair for pair in zip(digits, words) if pair[0].count("0") == 1][:100]
+    pairs = [(d, words) for d, words, _ in result["examples"] if d.count("0") == 1][:100]
     if pairs:  # with very short sequences, there may be none
         show_sampling(speaker, pairs)
 
-    print("\n3. What a repetition penalty does to answers that must repeat themselves")
-    show_repetition_penalty(model, digits, words)
-
-    print("\n4. What the key/value cache saves (random weights: the time does not depend on them)")
-    show_cache(DecoderOnlyTransformer(len(VOCABULARY), D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF,
-                                      max_len=260).to(device))
-    same = translate(model, digits, use_cache=False) == translate(model, digits)
-    print(f"  with and without the cache, the trained model gives the same answers: {same}")
-
-    print("\n5. Held-out examples, mistakes first")
+    print("\n3. Held-out examples, mistakes first")
     print_examples(result["examples"])
 
     print(f"\nResult on {len(result['examples'])} held-out sequences")
@@ -656,7 +617,7 @@ def main():
 def answer(tokens):
     """Translate `tokens` from the command line with the saved model."""
     check_tokens(tokens)
-    model = load_model(DecoderOnlyTransformer, CHECKPOINTS / "decoder_only.pt", DEVICE)
+    model = load_model(DecoderOnlyTransformer, "decoder_only.pt", DEVICE)
     print(f"{' '.join(tokens)}  ->  {' '.join(translate(model, [tokens])[0])}")
     show_attention(model, tokens)
 

@@ -36,14 +36,14 @@ import itertools
 import math
 from typing import NamedTuple
 
-from housekeeping import CHECKPOINTS, BaseModel, load_model, prepare, run_script, save_model
+from housekeeping import BaseModel, load_model, prepare, run_script, save_model
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from toy_dataset import (EOS, IGNORE_INDEX, PAD, SOS, VOCABULARY, check_tokens, create_dataloaders,
                          exact_match, pad_rows, padding_mask, print_attention, print_examples)
-from training import batches, check_finite, create_optimizer, evaluation_mode, score
+from training import batches, check_finite, create_optimizer, score
 
 # =====================================================================================
 # LEGEND   B  batch                              D  d_model: the size of a token's vector
@@ -74,7 +74,6 @@ LENGTH_PENALTY = 1.0     # 1.0 ranks by mean log-probability; 0.0 by sum, which 
 # The run
 SEED = 0                 # weights and data
 DEVICE = "cpu"           # or "cuda", "mps"; the numbers in this file were measured on a CPU
-NUM_THREADS = 1          # CPU threads
 # =====================================================================================
 
 
@@ -270,11 +269,6 @@ class DecoderLayer(nn.Module):
 
 
 # --- 2. The model ---------------------------------------------------------------------
-def cut_after(ids, stop_at):
-    """Return `ids` up to and including the first `stop_at`, or all of them if there is none."""
-    return ids[:ids.index(stop_at) + 1] if stop_at in ids else ids
-
-
 class Hypothesis(NamedTuple):
     """A finished answer. `tokens` has no <SOS>; it ends in <EOS> if that was predicted."""
     score: float
@@ -412,7 +406,7 @@ class EncoderDecoderTransformer(BaseModel):
         self.check_input([[SOS]], max_new_tokens - 1)
         tokens = torch.full((len(sources), max_new_tokens + 1), SOS,
                             device=self.embedding.weight.device)  # (B, 1 + max_new_tokens)
-        with evaluation_mode(self):
+        with self.evaluation_mode():
             memory, memory_mask = self.read(sources)
             caches = self.new_caches(len(sources), max_new_tokens, memory.size(1)) \
                 if use_cache else None
@@ -423,8 +417,9 @@ class EncoderDecoderTransformer(BaseModel):
                 tokens[:, end] = self.output(hidden[:, -1]).argmax(-1)
                 if stop_at is not None and (tokens[:, 1:end + 1] == stop_at).any(1).all():
                     break
-        # Short answers keep growing until all have ended. Cut the extra tokens off.
-        return [cut_after(ids, stop_at) for ids in tokens[:, 1:end + 1].tolist()]
+        # Short answers keep growing until all have ended. Cut off what follows the first stop_at.
+        answers = tokens[:, 1:end + 1].tolist()
+        return [ids[:ids.index(stop_at) + 1] if stop_at in ids else ids for ids in answers]
 
     # BEAM SEARCH. Greedy generation cannot revise a token. Beam search keeps the W best unfinished
     # answers (hypotheses), so it can find one whose first token was not the most likely. In this
@@ -455,7 +450,7 @@ class EncoderDecoderTransformer(BaseModel):
         candidates (B, 2W, 1 + length) of ids, sums and ends (B, 2W), kept (B, W), and the list of
         finished hypotheses of each source. The W hypotheses of source b are rows b*W to b*W + W-1.
         """
-        with evaluation_mode(self):
+        with self.evaluation_mode():
             memory, memory_mask = (m.repeat_interleave(width, 0) for m in self.read(sources))
             caches = self.new_caches(len(memory), max_new_tokens, memory.size(1))
             first_row = torch.arange(0, len(memory), width, device=memory.device)[:, None]  # (B, 1)
@@ -510,18 +505,17 @@ class EncoderDecoderTransformer(BaseModel):
                 for answers in finished]
 
 
-def translate(model, sequences, beam_width=1, **options):
-    """Translate lists of digits into lists of words, with `beam_search` if beam_width is above 1.
+def translate(model, sequences, beam_width=1, length_penalty=1.0, **options):
+    """Translate lists of digits into lists of words: greedily, or with beams if there are several.
 
-    options: see `generate` and `beam_search`. The limit allows the longest answer, <EOS>, and one
-    spare token.
+    options: see `generate`. The limit allows the longest answer, <EOS>, and one spare token.
     """
     sources = [VOCABULARY.encode(digits) for digits in sequences]
     limit = max(map(len, sources), default=0) + 2
-    if beam_width == 1 and not options.keys() & {"length_penalty"}:
+    if beam_width == 1:
         answers = model.generate(sources, limit, **options)
     else:
-        found = model.beam_search(sources, beam_width, max_new_tokens=limit, **options)
+        found = model.beam_search(sources, beam_width, length_penalty, limit, **options)
         answers = [hypotheses[0].tokens for hypotheses in found]
     return [VOCABULARY.decode(ids[:-1] if ids[-1] == EOS else ids) for ids in answers]
 
@@ -555,7 +549,7 @@ def train_epoch(model, loader, optimizer, scheduler, clip_norm, loss_function=co
     total = 0.0
     for batch in batches(loader, next(model.parameters()).device):
         loss = loss_function(model, batch)
-        check_finite(loss.item(), scheduler.last_epoch)  # which is the step, despite its name
+        check_finite(loss.item(), f"at step {scheduler.last_epoch}")  # the step, despite its name
         optimizer.zero_grad()  # otherwise backward() adds to the gradients of the previous step
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # one odd batch cannot do much harm
@@ -639,9 +633,6 @@ def show_cross_attention(model, digits):
     n = min(len(digits), len(written))
     own = weights[:, :, :n].diagonal(dim1=-2, dim2=-1).mean(-1)  # (layers, H)
     layer, head = divmod(own.argmax().item(), own.size(1))
-    print("  mean weight on each word's own digit, per layer and head:")
-    for i, row in enumerate(own.tolist()):
-        print(f"    layer {i}   " + "   ".join(f"head {h}: {w:.2f}" for h, w in enumerate(row)))
     print(f"  layer {layer}, head {head}, counted from 0. A row is a query (-> what it predicts), "
           "a column a key:")
     print_attention(weights[layer, head], [f"-> {word}" for word in VOCABULARY.decode(written)],
@@ -679,7 +670,7 @@ def main():
         result = evaluate(model, val_loader)
         print(f"  epoch {epoch:2d}   train loss {train_loss:.4f}   "
               f"validation loss {result['loss']:.4f}   exact match {result['exact_match']:6.1%}")
-    save_model(model, CHECKPOINTS / "encoder_decoder.pt", result["exact_match"], globals())
+    save_model(model, "encoder_decoder.pt", result["exact_match"], globals())
     examples = result["examples"]
 
     print(f"\n2. Beam search, with a new model after only {UNDERTRAINED_STEPS} steps: a likelier "
@@ -712,7 +703,7 @@ def main():
 def answer(tokens):
     """Translate `tokens` from the command line with the saved model."""
     check_tokens(tokens)
-    model = load_model(EncoderDecoderTransformer, CHECKPOINTS / "encoder_decoder.pt", DEVICE)
+    model = load_model(EncoderDecoderTransformer, "encoder_decoder.pt", DEVICE)
     print(f"{' '.join(tokens)}  ->  {' '.join(translate(model, [tokens])[0])}")
     show_cross_attention(model, tokens)
 

@@ -37,7 +37,7 @@ import copy
 import functools
 import math
 
-from housekeeping import CHECKPOINTS, BaseModel, load_model, prepare, run_script, save_model
+from housekeeping import BaseModel, load_model, prepare, run_script, save_model
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -45,8 +45,7 @@ from torch import nn
 from toy_dataset import (DIGITS, FIRST_ORDINARY, IGNORE_INDEX, MASK, PAD, SEP, VOCABULARY, WORDS,
                          check_tokens, create_dataloaders, exact_match, pad_rows, padding_mask,
                          print_attention, print_examples)
-from training import (batches, check_finite, check_warmup, create_optimizer, evaluation_mode,
-                      score)
+from training import batches, check_finite, check_warmup, create_optimizer, score
 
 # =====================================================================================
 # LEGEND   B  batch                              D  d_model: the size of a token's vector
@@ -78,7 +77,6 @@ FINETUNE_LEARNING_RATE = 1e-3
 # The run
 SEED = 0                 # weights, data, and masks
 DEVICE = "cpu"           # or "cuda", "mps"; the numbers in this file were measured on a CPU
-NUM_THREADS = 1          # CPU threads
 # =====================================================================================
 
 
@@ -254,9 +252,7 @@ def mask_tokens(tokens, mask_share=0.8, random_share=0.1, min_rate=0.15, generat
     from `min_rate` to 1. At BERT's 15%, the model would almost never see all words masked, as they
     are when it translates.
     """
-    def rand(*shape):
-        return torch.rand(*shape, generator=generator, device=tokens.device)
-
+    rand = functools.partial(torch.rand, generator=generator, device=tokens.device)
     batch, length = tokens.shape
     words = word_positions(tokens)  # (B, S)
     digits = (tokens >= FIRST_ORDINARY) & ~words
@@ -304,7 +300,7 @@ def fill_masks(model, rows):
     encoded = [VOCABULARY.encode(row) for row in rows]
     model.check_input(encoded)
     tokens = pad_rows(encoded, PAD).to(model.embedding.weight.device)  # (B, S)
-    with evaluation_mode(model):
+    with model.evaluation_mode():
         filled = torch.where(tokens == MASK, model(tokens).argmax(-1), tokens).tolist()
     return [VOCABULARY.decode(ids[:len(row)]) for ids, row in zip(filled, rows)]
 
@@ -343,7 +339,7 @@ def train_epoch(model, loader, optimizer, scheduler, clip_norm, loss_function=co
     total = 0.0
     for batch in batches(loader, next(model.parameters()).device):
         loss = loss_function(model, batch)
-        check_finite(loss.item(), scheduler.last_epoch)  # which is the step, despite its name
+        check_finite(loss.item(), f"at step {scheduler.last_epoch}")  # the step, despite its name
         optimizer.zero_grad()  # otherwise backward() adds to the gradients of the previous step
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # one odd batch cannot do much harm
@@ -361,9 +357,7 @@ def evaluate(model, loader):
 # --- 6. Fine-tuning: a small layer on top of the pretrained model ---------------------
 def corrupt_one_word(tokens, generator=None):
     """Replace a word in about half of the rows. (B, S) -> (B, S), labels (B,): 1 = still correct"""
-    def rand(*shape):
-        return torch.rand(*shape, generator=generator, device=tokens.device)
-
+    rand = functools.partial(torch.rand, generator=generator, device=tokens.device)
     zero = VOCABULARY.ids["zero"]
     draw = rand(*tokens.shape).masked_fill(~word_positions(tokens), -1.0)  # (B, S)
     position = draw.argmax(1, keepdim=True)  # (B, 1): the index of a random word in each row
@@ -434,27 +428,7 @@ def fine_tune(encoder, train_loader, val_loader, num_epochs, learning_rate, warm
     return scores
 
 
-def print_scores(pretrained, from_scratch):
-    """Print two lists of scores side by side, one line per epoch. The first list may be shorter."""
-    for epoch, accuracy in enumerate(from_scratch, 1):
-        before = f"{pretrained[epoch - 1]:6.1%}" if epoch <= len(pretrained) else "      "
-        print(f"  epoch {epoch:2d}   correct: pretrained {before}   from scratch {accuracy:6.1%}")
-
-
 # --- 7. Looking inside ----------------------------------------------------------------
-@torch.inference_mode()
-def show_predictions(model, text):
-    """Print the five most likely tokens at the first <MASK> in `text`."""
-    model.eval()
-    tokens = torch.tensor([VOCABULARY.encode(text)], device=model.embedding.weight.device)  # (1, S)
-    position = tokens[0].tolist().index(MASK)
-    probabilities = torch.softmax(model(tokens)[0, position], -1)  # (V,)
-    best = probabilities.topk(5)
-    print(f"  {text:34s} " + "   ".join(
-        f"{VOCABULARY.tokens[i]} {p:.1%}"
-        for p, i in zip(best.values.tolist(), best.indices.tolist())))
-
-
 @torch.inference_mode()
 def attention_of_masks(model, row):
     """Return the attention weights (layers, H, M, S) of the M masked tokens of `row`.
@@ -469,20 +443,15 @@ def attention_of_masks(model, row):
     return weights[:, :, masked].cpu(), others
 
 
-def alignment(model, sequences):
-    """Return the fraction of masked words that attend most to their own digit, (layers, H)."""
+def show_alignment(model, sequences):
+    """Print the fraction of masked words that attend most to their own digit, in each head."""
     hits, total = 0, 0
     for digits in sequences:
         weights, others = attention_of_masks(model, [*digits, "<SEP>"] + ["<MASK>"] * len(digits))
         hits = hits + (weights.argmax(-1) == torch.tensor(others)).sum(-1)  # (layers, H)
         total += len(digits)
-    return hits / total
-
-
-def show_alignment(model, sequences):
-    """Print the fractions of `alignment` as a table."""
     print("  fraction of held-out words that attend most to their own digit, per layer and head:")
-    for layer, row in enumerate(alignment(model, sequences).tolist()):
+    for layer, row in enumerate((hits / total).tolist()):
         print(f"    layer {layer}   " + "   ".join(f"head {h}: {share:6.1%}"
                                                   for h, share in enumerate(row)))
 
@@ -522,7 +491,7 @@ def main():
         result = evaluate(model, val_loader)
         print(f"  epoch {epoch:2d}   train loss {train_loss:.4f}   "
               f"validation loss {result['loss']:.4f}   exact match {result['exact_match']:6.1%}")
-    save_model(model, CHECKPOINTS / "encoder_only.pt", result["exact_match"], globals())
+    save_model(model, "encoder_only.pt", result["exact_match"], globals())
 
     print("\n2. Fine-tuning: do the words match the digits? (A guess is correct half the time.)\n"
           "   The model from scratch gets the same total: pretraining plus fine-tuning steps")
@@ -531,21 +500,18 @@ def main():
     pretrained = fine_tune(model, train_loader, val_loader, FINETUNE_EPOCHS, *settings)
     from_scratch = fine_tune(untrained, train_loader, val_loader, NUM_EPOCHS + FINETUNE_EPOCHS,
                              *settings)
-    print_scores(pretrained, from_scratch)
+    print("  correct after each epoch:\n    pretrained   "
+          + " ".join(f"{accuracy:6.1%}" for accuracy in pretrained))
+    print("    from scratch " + " ".join(f"{accuracy:6.1%}" for accuracy in from_scratch))
 
     digits = [digits for digits, _, _ in result["examples"]]
     words = [words for _, words, _ in result["examples"]]
     example = max(digits, key=len)
-    print("\n3. The five most likely tokens at one <MASK>")
-    words_of = translate(model, [example])[0]
-    show_predictions(model, " ".join(["<MASK>", *example[1:], "<SEP>", *words_of]))
-    show_predictions(model, " ".join([*example, "<SEP>", "<MASK>", *words_of[1:]]))
-
-    print("\n4. What masked words attend to")
+    print("\n3. What masked words attend to")
     show_alignment(model, digits)
     show_attention(model, [*example, "<SEP>"] + ["<MASK>"] * len(example))
 
-    print("\n5. Held-out examples, mistakes first")
+    print("\n4. Held-out examples, mistakes first")
     print_examples(result["examples"])
     print("  the other way, words to digits")
     back = translate_back(model, words)
@@ -562,7 +528,7 @@ def answer(tokens):
     """Translate `tokens` from the command line with the saved model."""
     known = WORDS if tokens[0] in WORDS else DIGITS
     check_tokens(tokens, known)
-    model = load_model(EncoderOnlyTransformer, CHECKPOINTS / "encoder_only.pt", DEVICE)
+    model = load_model(EncoderOnlyTransformer, "encoder_only.pt", DEVICE)
     masks = ["<MASK>"] * len(tokens)
     if known is DIGITS:
         row, written = [*tokens, "<SEP>", *masks], translate(model, [tokens])[0]

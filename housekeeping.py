@@ -7,6 +7,7 @@ Nothing in this file is about transformers. Skip it on a first reading.
     BaseModel     an nn.Module that checks its arguments and can save and load itself
     run_script    prints one line for a mistake in the input, a traceback for other errors
 """
+import contextlib
 import io
 import os
 import re
@@ -28,7 +29,7 @@ class InputError(ValueError):
 # --- Constants and arguments ----------------------------------------------------------
 def whole(low):
     """Return a test for plain whole numbers of at least `low` (True and 64.0 are none)."""
-    return lambda value: type(value) is int and value >= low
+    return lambda value: type(value) is int and low <= value < 2 ** 60
 
 
 def number(low, high):
@@ -36,26 +37,23 @@ def number(low, high):
     return lambda value: type(value) in (int, float) and low <= value <= high
 
 
-TINY = sys.float_info.min  # the smallest normal number
 RULES = [  # (pattern of the name, what is allowed, test); the first pattern that fits counts
     ("SEED|WARMUP_STEPS|PROFILE_STEPS", "a whole number, 0 or more", whole(0)),
-    ("SEEDS", "a tuple of whole numbers, 0 or more",
-     lambda value: isinstance(value, tuple) and all(map(whole(0), value)) and value),
     ("FEW_SEQUENCES|ABLATION_LAYERS", "a tuple of positive whole numbers",
      lambda value: isinstance(value, tuple) and all(map(whole(1), value)) and value),
     (r"(D|MAX|NUM)_\w+|\w+_(EPOCHS|EVERY|SIZE|STEPS|WIDTH)|CLIP|TILE|TOP_K",
      "a positive whole number", whole(1)),
     ("MIN_LEARNING_RATE|WEIGHT_DECAY|LENGTH_PENALTY", "a number from 0 to 10", number(0, 10)),
-    (r"\w*(LEARNING|UPTRAINING)_RATE|CLIP_NORM|REPETITION_PENALTY", "a number above 0",
-     number(TINY, 1e9)),
     ("TEMPERATURE", "0 (greedy), or a number from 0.01 to 1000",
-     lambda value: number(0.01, 1000)(value) or number(0, 0)(value)),
+     lambda value: number(0, 0)(value) or number(0.01, 1000)(value)),
+    (r"\w*(LEARNING|UPTRAINING)_RATE|CLIP_NORM|REPETITION_PENALTY", "a number above 0",
+     number(1e-12, 1e9)),
     ("DROPOUT|LABEL_SMOOTHING", "a number from 0 to 0.99", number(0, 0.99)),
-    ("TOP_P|VALIDATION_SHARE", "a number above 0, at most 1", number(TINY, 1)),
+    ("TOP_P|VALIDATION_SHARE", "a number above 0, at most 1", number(1e-12, 1)),
     (r"\w+_SHARE|MIN_MASKING_RATE", "a number from 0 to 1", number(0, 1)),
     ("PRECISION", "'float32', 'bfloat16', or 'float16'",
      lambda value: value in ("float32", "bfloat16", "float16")),
-    ("COMPILE|FULL|FUSED_ATTENTION|GRADIENT_CHECKPOINTING", "True or False",
+    ("COMPILE|FULL|GUESS|FUSED_ATTENTION|GRADIENT_CHECKPOINTING", "True or False",
      lambda value: type(value) is bool),
 ]
 
@@ -66,11 +64,9 @@ def check(**values):
     d_model and D_MODEL share a rule. Names without one are ignored. top_k and top_p may be None.
     """
     for name, value in values.items():
-        for pattern, allowed, test in RULES:
-            if re.fullmatch(pattern, name.upper()):
-                if not test(value) and not (value is None and name in ("top_k", "top_p")):
-                    raise InputError(f"{name}={value!r} cannot work: use {allowed}")
-                break
+        rule = next((rule for rule in RULES if re.fullmatch(rule[0], name.upper())), None)
+        if rule and not rule[2](value) and not (value is None and name in ("top_k", "top_p")):
+            raise InputError(f"{name}={value!r} cannot work: use {rule[1]}")
     heads = values.get("num_heads", values.get("NUM_HEADS", 1))
     size = values.get("d_model", values.get("D_MODEL", 2 * heads))
     if size % 2 or size % heads:
@@ -91,30 +87,27 @@ def choose_device(name):
 def prepare(constants):
     """Check a script's constants (its `globals()`), set seed and threads, and return the device."""
     check(**{name: value for name, value in constants.items() if name.isupper()})
-    device = choose_device(constants.get("DEVICE", "cpu"))
     torch.manual_seed(constants.get("SEED", 0))
-    torch.set_num_threads(constants.get("NUM_THREADS", 1))
-    return device
+    torch.set_num_threads(constants.get("NUM_THREADS", 1))  # at this size, more are slower
+    return choose_device(constants.get("DEVICE", "cpu"))
 
 
 # --- Models and files -----------------------------------------------------------------
 def write_atomically(path, content):
-    """Write bytes to `path` completely, or raise OSError and leave the old file intact."""
-    path = Path(path)
+    """Write bytes, or what torch.save makes of another value, or raise OSError.
+
+    The old file stays intact until the new one is complete.
+    """
+    buffer = io.BytesIO()
+    if not isinstance(content, bytes):
+        torch.save(content, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)  # a crash before this line leaves the old file
+        temporary.write_bytes(buffer.getvalue() or content)
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def to_bytes(value):
-    """Return what torch.save would write."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
 
 
 def load_tensors(path, device="cpu"):
@@ -123,9 +116,8 @@ def load_tensors(path, device="cpu"):
     torch.load ignores the checksums of the zip format, so a flipped bit would load as a wrong
     weight. weights_only=True prevents the code execution that pickle allows.
     """
-    with zipfile.ZipFile(path) as archive:
-        if archive.testzip() is not None:
-            raise ValueError("checksum error")
+    if zipfile.ZipFile(path).testzip() is not None:
+        raise ValueError("checksum error")
     return torch.load(path, map_location=device, weights_only=True)
 
 
@@ -137,6 +129,16 @@ class BaseModel(nn.Module):
         check(**arguments)
         self.arguments, self.notes = arguments, {}  # notes: how it was trained, with which score
 
+    @contextlib.contextmanager
+    def evaluation_mode(self):
+        """Switch off dropout inside the `with` block, and restore the mode afterward."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
+
     def check_input(self, rows, new_tokens=0, **options):
         """Raise InputError unless these lists of ids fit, with room for `new_tokens` more each."""
         check(**options)
@@ -144,25 +146,19 @@ class BaseModel(nn.Module):
             raise InputError("the input must be a list of lists, none of them empty: use one such "
                              "as [['4', '0', '7'], ['9']], or ids such as [[10, 6, 13], [15]]")
         size, max_len = self.arguments["vocab_size"], self.arguments["max_len"]
-        for i in (i for row in rows for i in row if not whole(0)(i) or i >= size):
-            raise InputError(f"token id {i!r} is outside the vocabulary: use 0 to {size - 1}")
+        for i in sum(rows, []):
+            if not whole(0)(i) or i >= size:
+                raise InputError(f"token id {i!r} is outside the vocabulary: use 0 to {size - 1}")
         longest = max(map(len, rows)) + new_tokens
         if longest > max_len:
             raise InputError(f"{longest} positions are needed, but max_len={max_len}: use a "
                              "shorter input, or build the model with a larger max_len")
 
     def save(self, path):
-        """Write class name, arguments, and weights to `path`, or raise OSError.
-
-        Raises InputError for weights that are not finite: the old file may be better.
-        """
-        weights = self.state_dict()
-        if not all(weight.isfinite().all() for weight in weights.values()):
-            raise InputError("the weights are no longer finite, so they are not saved: try a tenth "
-                             "of the learning rate")
-        write_atomically(path, to_bytes({"architecture": type(self).__name__,
-                                         "arguments": self.arguments, "notes": self.notes,
-                                         "weights": weights}))
+        """Write class name, arguments, notes, and weights to `path`, or raise OSError."""
+        write_atomically(Path(path), {
+            "architecture": type(self).__name__, "arguments": self.arguments, "notes": self.notes,
+            "weights": self.state_dict()})
 
     @classmethod
     def load(cls, path, device="cpu"):
@@ -175,20 +171,18 @@ class BaseModel(nn.Module):
             model = cls(**saved["arguments"]).to(device).eval()
             model.load_state_dict(saved["weights"])
             model.notes = saved["notes"]
-            if not all(w.equal(saved["weights"][k]) for k, w in model.state_dict().items()):
-                raise ValueError("it contains NaN, or tied weights that differ")
         except FileNotFoundError:
             raise InputError(f"no {path.name} in {path.parent.name}/: run the script of that name "
                              "first") from None
         except Exception as error:  # a damaged or foreign file can raise anything
-            reason = ascii((str(error) or type(error).__name__).splitlines()[0][:80])
+            reason = ascii(str(error).partition("\n")[0][:80] or type(error).__name__)
             raise InputError(f"{path.name} cannot be used as {cls.__name__} ({reason}): delete it "
                              "and train again") from error
         return model
 
 
-def save_model(model, path, exact_match, constants):
-    """Save `model` with its score and the constants (`globals()`) of the script that trained it.
+def save_model(model, file, exact_match, constants):
+    """Save `model` in checkpoints/ with its score and its script's constants (`globals()`).
 
     Returns True, or prints a warning and returns False.
     """
@@ -196,22 +190,22 @@ def save_model(model, path, exact_match, constants):
         name: value for name, value in constants.items()
         if name.isupper() and any(re.fullmatch(pattern, name) for pattern, _, _ in RULES)}}
     try:
-        model.save(path)
+        model.save(CHECKPOINTS / file)
     except OSError as error:
-        print(f"warning: could not save {path} ({error.strerror}): the model is not on disk")
+        print(f"warning: could not save checkpoints/{file} ({error.strerror})")
         return False
-    print(f"saved {path.parent.name}/{path.name}")
+    print(f"saved checkpoints/{file}")
     return True
 
 
-def load_model(model_class, path, device="cpu", at_least=0.0):
-    """Load a model and print its score, and, if that is poor, the constants it was trained with.
+def load_model(model_class, file, device="cpu", at_least=0.0):
+    """Load a model from checkpoints/ and print its score, and its constants if that is poor.
 
     Raises InputError for a score below `at_least`, so that a failed run spoils no other script.
     """
-    model = model_class.load(path, device)
+    model = model_class.load(CHECKPOINTS / file, device)
     score = model.notes.get("exact_match", 0.0)  # a model without notes was saved by hand
-    text = f"{path.parent.name}/{path.name}: exact match {score:.1%}"
+    text = f"checkpoints/{file}: exact match {score:.1%}"
     if score < max(at_least, 0.9):
         text += ", trained with " + ", ".join(
             f"{name}={value}" for name, value in model.notes.get("constants", {}).items())
@@ -225,8 +219,7 @@ def load_model(model_class, path, device="cpu", at_least=0.0):
 def run_script(main, answer=None):
     """Call `main()`, or `answer(words)` if words follow the script's name on the command line.
 
-    InputError prints one line and exits with 2, Ctrl-C with 130. Other errors keep their traceback,
-    because they come from code that a reader has changed.
+    InputError prints one line and exits with 2, Ctrl-C with 130. Other errors keep their traceback.
     """
     words = sys.argv[1:]
     try:

@@ -27,7 +27,7 @@ screen), toy_dataset.py (the task), encoder_only.py, decoder_only.py, encoder_de
 import functools
 import time
 
-from housekeeping import CHECKPOINTS, prepare, run_script, save_model
+from housekeeping import prepare, run_script, save_model
 import torch
 
 import decoder_only
@@ -52,9 +52,7 @@ WARMUP_STEPS = 40        # steps in which the learning rate rises to its peak
 CLIP_NORM = 1.0          # maximum norm of the gradient
 NUM_EPOCHS = 3           # passes over the data, 169 steps each. Try 1: the models differ.
 SEED = 0                 # weights and data
-NUM_EXAMPLES = 4         # printed per architecture, mistakes first
 DEVICE = "cpu"           # or "cuda", "mps"
-NUM_THREADS = 1          # CPU threads
 # =====================================================================================
 
 ARCHITECTURES = {
@@ -85,17 +83,16 @@ def main():
             print(f"  epoch {epoch}   train loss {loss:.4f}   validation loss {result['loss']:.4f}"
                   f"   exact match {result['exact_match']:6.1%}")
         seconds = time.perf_counter() - start
-        save_model(model, CHECKPOINTS / file, result["exact_match"], globals())
+        save_model(model, file, result["exact_match"], globals())
         examples[name] = result["examples"]
         longest = max((digits for digits, _, _ in result["examples"]), key=len)
         passes = count_passes(model, functools.partial(script.translate, model, [longest]))
-        rows.append((name, count_parameters(model), seconds, passes,
-                     result["exact_match"]))
+        rows.append((name, count_parameters(model), seconds, passes, result["exact_match"]))
 
     print("\nHeld-out examples, mistakes first")
     for name, shown in examples.items():
         print(f" {name}")
-        print_examples(shown, NUM_EXAMPLES)
+        print_examples(shown)
 
     print(f"\nResult on {len(examples[name])} held-out sequences (passes: how many times a stack "
           f"of layers runs for {len(longest)} digits)")

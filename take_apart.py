@@ -48,7 +48,7 @@ from training import train_for
 # =====================================================================================
 # CONSTANTS - change one, run again
 # =====================================================================================
-SEEDS = (0,)             # one model per seed. With several, each score is the lowest-highest.
+NUM_SEEDS = 1            # models per architecture. With several, scores are lowest-highest.
 D_MODEL = 64
 NUM_HEADS = 4
 D_FF = 256
@@ -62,7 +62,6 @@ NUM_STEPS = 680          # training steps of each model
 NUM_MEASURED = 2500      # training sequences from which the tables are measured
 NUM_TRIED = 200          # held-out sequences in sections 1 and 2; section 3 uses all
 DEVICE = "cpu"           # or "cuda", "mps"
-NUM_THREADS = 1
 # =====================================================================================
 
 
@@ -298,7 +297,7 @@ def main():
     prepare(globals())
     subjects = {}
     for name in ARCHITECTURES:
-        subjects[name] = [new_subject(name, seed) for seed in SEEDS]
+        subjects[name] = [new_subject(name, seed) for seed in range(NUM_SEEDS)]
         print(f"trained {name}", flush=True)
 
     print("\n1. One attention module replaced: exact match in percent")

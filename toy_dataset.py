@@ -3,9 +3,9 @@ toy_dataset.py - the small task that all three transformers learn
 
 THE TASK.  Read digits, write words:   4 0 7  ->  four zero seven
 
-The task is easy on purpose: if something goes wrong, the fault is in the model or its input. Still,
-the model must attend to the correct digit (attention, positions), ignore the padding of shorter
-rows (masks), and, unless the output length is given, learn when to stop (<EOS>).
+The task is easy on purpose, so that if something goes wrong, the fault is in the model or its
+input. Still, the model must attend to the correct digit (attention, positions), ignore the padding
+of shorter rows (masks), and, unless the output length is given, learn when to stop (<EOS>).
 
 Each architecture gets the same sequence in its own format:
 
@@ -15,7 +15,7 @@ Each architecture gets the same sequence in its own format:
 
 Run it:     python toy_dataset.py        (about 3 seconds, nearly all of it importing torch)
 
-It prints the vocabulary, some samples, and the positions in a row that count toward the loss.
+It prints the vocabulary, some sequences, and the positions in a row that count toward the loss.
 The last lines should be:
 
     disjoint: 0 of 601 validation sequences occur in training
@@ -23,18 +23,7 @@ The last lines should be:
 
 READING ORDER   vocabulary -> sequences -> dataset -> collate_fn (the heart of this file) -> loaders
 
-TERMS that this file uses; the model scripts explain them in full:
-  attention        how a position gets information: its *query* is compared with the *key* of each
-                   position that it may attend to, and the result is a weighted average of their
-                   *values* (see attention_by_hand.py)
-  head             one of several attention computations that run in parallel
-  encoder          a stack of layers in which each position may attend to all positions
-  decoder          a stack of layers that predicts the next token, from left to right; in an
-                   encoder-decoder, it also attends to the encoder's outputs
-  causal           no position attends to later ones, so that the model cannot see the token that
-                   it must predict
-  teacher forcing  during training, a decoder reads the ground-truth prefix instead of its own
-                   predictions, so all positions are trained at once
+The terms of this file (attention, causal, teacher forcing) are explained in guide/concepts.md.
 """
 import math
 import random
@@ -117,14 +106,6 @@ VOCABULARY = Vocabulary()
 
 
 # --- The sequences: distinct, balanced, reproducible ----------------------------------
-def count_distinct(max_digits):
-    """Return the number of sequences of 1 to `max_digits` digits: 10 + 100 + ..., 111110 for 5.
-
-    Leading zeros count: 0 7 and 7 are different sequences.
-    """
-    return sum(10 ** n for n in range(1, max_digits + 1))
-
-
 def make_sequences(num_samples, max_digits, seed):
     """Return `num_samples` distinct sequences of 1 to `max_digits` digits in random order.
 
@@ -132,10 +113,11 @@ def make_sequences(num_samples, max_digits, seed):
     all 100 of two, all 1000 of three, and 2445 each of four and five. In a uniform draw, nine in
     ten sequences would have five digits. Raises InputError if fewer distinct sequences exist.
     """
-    if num_samples > count_distinct(max_digits):
-        raise InputError(f"NUM_SAMPLES={num_samples}: only {count_distinct(max_digits)} distinct "
-                         f"sequences of 1 to {max_digits} digits exist: use at most that many, "
-                         f"or raise MAX_DIGITS={max_digits}")
+    distinct = sum(10 ** n for n in range(1, max_digits + 1))  # 0 7 and 7 are different
+    if num_samples > distinct:
+        raise InputError(f"NUM_SAMPLES={num_samples}: only {distinct} distinct sequences of 1 to "
+                         f"{max_digits} digits exist: use at most that many, or raise "
+                         f"MAX_DIGITS={max_digits}")
     # subtle: use a separate generator. random.seed() would reseed Python's global generator.
     rng = random.Random(seed)
     sequences = []
@@ -292,12 +274,10 @@ def create_dataloaders(num_samples=6000, max_digits=5, batch_size=64, seed=0, va
         raise InputError(f"NUM_SAMPLES={num_samples} with VALIDATION_SHARE={validation_share} "
                          f"leaves {len(training)} sequences for training and {len(validation)} for "
                          "validation: use 100 samples or more and a share of 0.1")
-    if batch_size > len(training):
-        raise InputError(f"BATCH_SIZE={batch_size} is larger than the {len(training)} training "
-                         f"sequences: use {len(training)} or less, or raise "
-                         f"NUM_SAMPLES={num_samples}")
-    # subtle: the validation loader needs a generator too, because even an unshuffled pass draws a
-    # seed. Without one, it comes from torch's global generator, so evaluation changes training.
+    # subtle: the validation loader needs a generator, too. Every pass over a DataLoader draws a
+    # seed for worker processes, even where nothing is shuffled and no workers exist. Without a
+    # generator of its own, it would draw from torch's global one, and evaluation would change
+    # training.
     train_loader = DataLoader(Subset(dataset, training), batch_size, shuffle=True,
                               collate_fn=collate_fn, generator=torch.Generator().manual_seed(seed))
     val_loader = DataLoader(Subset(dataset, validation), 4 * batch_size, collate_fn=collate_fn,

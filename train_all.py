@@ -40,8 +40,8 @@ import time
 import warnings
 from pathlib import Path
 
-from housekeeping import (CHECKPOINTS, ROOT, InputError, load_tensors, prepare, run_script,
-                          save_model, to_bytes, write_atomically)
+from housekeeping import (ROOT, InputError, load_tensors, prepare, run_script, save_model,
+                          write_atomically)
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -51,8 +51,8 @@ from tqdm import tqdm
 
 from quick_start import ARCHITECTURES
 from toy_dataset import IGNORE_INDEX, VOCABULARY, collate_fn, create_dataloaders, to_device
-from training import (activation_bytes, check_finite, check_warmup, checkpoint_layers,
-                      count_parameters, lr_factor, use_fused_attention)
+from training import (check_finite, check_warmup, checkpoint_layers, count_parameters, lr_factor,
+                      use_fused_attention)
 
 # =====================================================================================
 # CONSTANTS - change one, run again; the log at the end compares the runs
@@ -81,7 +81,7 @@ LABEL_SMOOTHING = 0.0    # 0.1 spreads 10% of each target over all tokens (Szege
 # Speed and memory
 PRECISION = "float32"    # or "bfloat16", or "float16" (with gradient scaling)
 FUSED_ATTENTION = True   # PyTorch's kernel instead of the formula; equal up to rounding
-COMPILE = False          # True: torch.compile, which makes the first steps much slower
+COMPILE = False          # True: torch.compile (needs a compiler; the first steps are slow)
 GRADIENT_CHECKPOINTING = False  # True: keep only each layer's input and recompute the rest
 PROFILE_STEPS = 0        # 5: profile five steps and print the most expensive operations
 # The run
@@ -161,7 +161,7 @@ def train_step(script, model, items, step, optimizer, scaler):
         totals = torch.tensor([loss_sum, num_labels], device=device)
         dist.all_reduce(totals)
         loss_sum, num_labels = totals.tolist()
-    check_finite(loss_sum, step)
+    check_finite(loss_sum, f"at step {step}")
 
     scaler.unscale_(optimizer)
     for parameter in model.parameters():
@@ -169,7 +169,7 @@ def train_step(script, model, items, step, optimizer, scaler):
             parameter.grad.mul_(WORLD / num_labels)
     norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM).item()
     if not scaler.is_enabled():
-        check_finite(norm, step, "gradient norm")  # NaN would reach every weight in this step
+        check_finite(norm, f"at step {step}", "gradient norm")  # NaN would reach every weight
     scaler.step(optimizer)  # skips the step if a gradient overflowed
     scaler.update()  # halves the scale after a skipped step
     return loss_sum / num_labels, norm, int(num_labels)
@@ -189,7 +189,7 @@ def train(name, device, settings, done, state):
     items = list(train_loader.dataset)
     per_epoch = steps_per_epoch(len(items))
     total_steps = NUM_EPOCHS * per_epoch
-    plain_model, optimizer, scaler = build(name, device, items)
+    plain_model, optimizer, scaler = build(name, device)
     parts = {"model": plain_model, "optimizer": optimizer, "scaler": scaler}
     record = {"history": [], "steps": [], "best": [-1.0], "weights": None, "seconds": 0.0,
               "parameters": count_parameters(plain_model)}
@@ -237,7 +237,6 @@ def train(name, device, settings, done, state):
 def evaluate(script, name, model, val_loader, record, per_epoch):
     """Evaluate at the end of an epoch, print a line, and keep the weights if they are the best."""
     result, steps = script.evaluate(model, val_loader), record["steps"][-per_epoch:]
-    check_finite(result["loss"], steps[-1][0], "validation loss")
     row = {"architecture": name, "epoch": len(record["history"]) + 1, "step": steps[-1][0] + 1,
            "train_loss": sum(s[2] * s[4] for s in steps) / sum(s[4] for s in steps),
            "gradient_norm": sum(s[3] for s in steps) / len(steps),
@@ -255,7 +254,7 @@ def evaluate(script, name, model, val_loader, record, per_epoch):
 
 
 # --- 4. Model and optimizer -----------------------------------------------------------
-def build(name, device, items):
+def build(name, device):
     """Return a new model, with the constants under "Speed and memory" applied, AdamW, and scaler.
 
     Weight decay pulls matrices toward 0. It is not applied to the gains of norms, which should stay
@@ -263,17 +262,13 @@ def build(name, device, items):
     weights. In plain Adam it is added to the gradient, and the adaptive scaling distorts it
     (Loshchilov and Hutter 2019).
     """
-    script, model_class, _ = ARCHITECTURES[name]
     torch.manual_seed(SEED)
-    model = model_class(len(VOCABULARY), D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF, DROPOUT).to(device)
+    model = ARCHITECTURES[name][1](len(VOCABULARY), D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF, DROPOUT)
+    model = model.to(device)
     if FUSED_ATTENTION:
         use_fused_attention(model)
     if GRADIENT_CHECKPOINTING:
-        batch = to_device(collate_fn(items[:BATCH_SIZE]), device)
-        before = activation_bytes(script, model, batch)
-        after = activation_bytes(script, checkpoint_layers(model), batch)
-        say(f"\n{name}: activations kept for the backward pass: {before / 2 ** 20:.2f} MiB without "
-            f"checkpointing, {after / 2 ** 20:.2f} MiB with it")
+        checkpoint_layers(model)
     if COMPILE:
         model.compile(dynamic=True)  # the lengths differ between batches
     parameters = list(model.parameters())
@@ -296,8 +291,9 @@ def settings_of_run():
     code = hashlib.sha256()
     for path in sorted(set(ROOT.glob("*.py")) - {ROOT / "scratch.py"}):  # the reader's own
         text = path.read_text(encoding="utf-8")
-        code.update(re.sub(rf"(?m)^({'|'.join(settings)}) = .*$", "", text).encode()
-                    if path == Path(__file__).resolve() else text.encode())
+        if path == Path(__file__).resolve():
+            text = re.sub(rf"(?m)^({'|'.join(settings)}) = .*$", "", text)
+        code.update(text.encode())
     return {**{name: value for name, value in settings.items() if name not in FREE_TO_CHANGE},
             "CODE": code.hexdigest()[:8]}
 
@@ -310,12 +306,11 @@ def differences(before, now):
 
 
 def try_to_write(path, content):
-    """Write bytes to `path`. If that fails, print a warning and continue."""
+    """Write bytes or a value to `path`. If that fails, print a warning and continue."""
     try:
         write_atomically(path, content)
     except OSError as error:
-        warnings.warn(f"could not write runs/{path.name} ({error.strerror}): training continues "
-                      "without it", stacklevel=2)
+        warnings.warn(f"could not write runs/{path.name} ({error.strerror})", stacklevel=2)
 
 
 def save_unfinished(settings, done, state=None):
@@ -332,7 +327,7 @@ def save_unfinished(settings, done, state=None):
         text = io.StringIO()
         csv.writer(text).writerows(rows)
         try_to_write(RUNS / file, text.getvalue().encode())
-    try_to_write(UNFINISHED, to_bytes({"settings": settings, "done": done, "state": state}))
+    try_to_write(UNFINISHED, {"settings": settings, "done": done, "state": state})
 
 
 def load_unfinished(settings):
@@ -392,12 +387,6 @@ def check_run():
     train_loader, _ = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED,
                                          VALIDATION_SHARE)
     check_warmup(WARMUP_STEPS, NUM_EPOCHS * steps_per_epoch(len(train_loader.dataset)))
-    if COMPILE:
-        try:
-            torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
-        except Exception as error:  # the compiler can raise anything
-            raise InputError(f"COMPILE=True does not work here ({type(error).__name__}): it needs "
-                             "a C++ compiler or Triton. Use False") from error
     if device.type == "cuda" and WORLD > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -424,7 +413,7 @@ def run():
         if RANK == 0:
             model = model_class(len(VOCABULARY), D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF, DROPOUT)
             model.load_state_dict(done[name]["weights"])
-            all_saved &= save_model(model, CHECKPOINTS / file, done[name]["best"][0], globals())
+            all_saved &= save_model(model, file, done[name]["best"][0], globals())
     if RANK == 0:
         append_to_log(settings, done)
         if all_saved:  # otherwise the next run tries again

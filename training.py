@@ -5,15 +5,15 @@ The architecture scripts contain the training loop itself (`train_epoch`). What 
 same for every architecture, so it is here:
 
     lr_factor, create_optimizer    warmup and decay of the learning rate; AdamW
-    batches, evaluation_mode       the small parts of a loop
+    batches, check_finite          the small parts of a loop
     score                          loss, accuracy, and exact match on held-out sequences
     use_fused_attention, checkpoint_layers      the same results, faster or in less memory
     train_for, show_strategies, time_generation, ...       measuring, for tables and figures
 
 READING ORDER   read `create_optimizer` and `score`. The rest only serves the comparisons.
 """
-import contextlib
 import functools
+import itertools
 import math
 import statistics
 import time
@@ -67,22 +67,11 @@ def batches(loader, device):
         yield to_device(batch, device)
 
 
-def check_finite(value, step, what="loss"):
+def check_finite(value, where, what="loss"):
     """Raise InputError if `value` is infinite or NaN: one NaN reaches every weight in one step."""
     if not math.isfinite(value):
-        raise InputError(f"the {what} became {value} at step {step}: try a tenth of the learning "
-                         "rate, or look in your changes for a division by zero or a log of zero")
-
-
-@contextlib.contextmanager
-def evaluation_mode(model):
-    """Set `model` to evaluation mode inside the `with` block, and restore its mode afterward."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+        raise InputError(f"the {what} became {value} {where}: try a tenth of the learning rate, or "
+                         "look in your changes for a division by zero or a log of zero")
 
 
 # --- 3. Evaluation --------------------------------------------------------------------
@@ -100,11 +89,12 @@ def score(model, loader, logits_and_labels, translate):
     loss_sum, num_correct, num_labels, examples = 0.0, 0, 0, []
     for batch in loader:
         logits, labels = logits_and_labels(model, to_device(batch, device))
-        counts = labels != IGNORE_INDEX  # which labels count
+        counts = labels != IGNORE_INDEX
         # subtle: sum and divide once. A mean of means gives a small last batch too much weight.
         loss_sum += F.cross_entropy(logits[counts], labels[counts], reduction="sum").item()
         num_correct += (logits.argmax(-1) == labels)[counts].sum().item()
         num_labels += counts.sum().item()
+        check_finite(loss_sum, "on held-out sequences")
         examples += zip(batch["digits"], batch["words"], translate(model, batch["digits"]))
     examples.sort(key=lambda example: example[1] == example[2])  # False sorts before True
     num_exact = sum(expected == answer for _, expected, answer in examples)
@@ -136,14 +126,9 @@ def checkpoint_layers(model):
     This saves memory and costs one more forward pass, about a third more work (Chen et al. 2016).
     The gradients are the same. Returns the model.
     """
-    def run(forward, *inputs):
-        if torch.is_grad_enabled():
-            return checkpoint(forward, *inputs, use_reentrant=False)
-        return forward(*inputs)
-
     for layer in model.modules():
         if type(layer).__name__ in ("EncoderLayer", "DecoderLayer"):
-            layer.forward = functools.partial(run, layer.forward)
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     return model
 
 
@@ -171,12 +156,10 @@ def train_for(compute_loss, model, train_loader, num_steps, learning_rate, warmu
     watch(step, loss, seconds) is called after each step. Its own time does not count.
     """
     optimizer, scheduler = create_optimizer(model, learning_rate, num_steps, warmup_steps)
-    device, loader, seconds = next(model.parameters()).device, iter(()), 0.0
-    for step in tqdm(range(1, num_steps + 1), ascii=True, leave=False, disable=None):
-        batch = next(loader, None)
-        if batch is None:  # the next epoch
-            loader = iter(train_loader)
-            batch = next(loader)
+    device, seconds = next(model.parameters()).device, 0.0
+    steps = tqdm(range(1, num_steps + 1), ascii=True, leave=False, disable=None)
+    endless = (batch for _ in itertools.count() for batch in train_loader)  # epoch after epoch
+    for step, batch in zip(steps, endless):
         start = time.perf_counter()
         model.train()
         loss = compute_loss(model, to_device(batch, device))
@@ -185,7 +168,7 @@ def train_for(compute_loss, model, train_loader, num_steps, learning_rate, warmu
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         optimizer.step()
         scheduler.step()
-        check_finite(loss.item(), step)  # item() waits for a GPU, so the seconds are correct
+        check_finite(loss.item(), f"at step {step}")  # item() waits for a GPU: correct seconds
         seconds += time.perf_counter() - start
         if watch is not None:
             watch(step, loss.item(), seconds)

@@ -14,8 +14,8 @@ import csv
 import io
 import math
 
-from housekeeping import (CHECKPOINTS, ROOT, InputError, choose_device, load_model, prepare,
-                          run_script, write_atomically)
+from housekeeping import (ROOT, InputError, choose_device, load_model, prepare, run_script,
+                          write_atomically)
 import matplotlib
 
 matplotlib.use("Agg")  # draws into files, without a display
@@ -51,7 +51,6 @@ WARMUP_STEPS = 40
 CLIP_NORM = 1.0
 SEED = 0
 DEVICE = "cpu"
-NUM_THREADS = 1
 # =====================================================================================
 
 # One style for all figures. Color-blind readers can tell the colors of Okabe and Ito (2008) apart.
@@ -103,7 +102,7 @@ def train_small(name):
 
     num_steps = TRAIN_EPOCHS * len(train_loader)
     train_for(script.compute_loss, model, train_loader, num_steps, LEARNING_RATE, WARMUP_STEPS,
-                        CLIP_NORM, watch)
+              CLIP_NORM, watch)
     return model, curves, undertrained[0]
 
 
@@ -112,7 +111,7 @@ def load_models():
     models, origins, curves, undertrained = {}, {}, {}, {}
     for name, (_, model_class, file) in ARCHITECTURES.items():
         try:
-            model = load_model(model_class, CHECKPOINTS / file, DEVICE, at_least=0.9)
+            model = load_model(model_class, file, DEVICE, at_least=0.9)
             origin = f"checkpoints/{file}"
         except InputError as error:
             print(f"{name}: {error}. Training a small model instead", flush=True)
@@ -139,18 +138,6 @@ def positional_encoding_heatmap():
     figure.colorbar(image, label="value")
     save(figure, "positional_encoding_heatmap",
          "Low dimensions rotate fast and high ones slowly, so every position has its own row")
-
-
-def positional_encoding_curves():
-    table = encoder_only.PositionalEncoding(64, 64).table
-    figure, axis = plt.subplots(figsize=(8, 3.6))
-    for dimension, (color, dashes) in zip((0, 8, 16, 32), LINES):
-        wave = 2 * math.pi * 10000 ** (dimension / 64)
-        label = f"dimension {dimension}: wavelength {wave:,.0f}"
-        axis.plot(table[:, dimension], color=color, linestyle=dashes, label=label)
-    axis.set(xlabel="position", ylabel="value")
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    save(figure, "positional_encoding_curves", "Each pair of dimensions rotates at its own speed")
 
 
 def positional_distance():
@@ -214,7 +201,7 @@ def who_sees_whom():
     causal = decoder_only.causal_mask(7, 7)[0, 0]
     both = torch.cat([torch.ones(4, 3, dtype=torch.bool),
                       encoder_decoder.causal_mask(4, 4)[0, 0]], 1)
-    figure, axes = plt.subplots(1, 3, figsize=(9.5, 4), width_ratios=[7, 7, 7])
+    figure, axes = plt.subplots(1, 3, figsize=(9.5, 4))
     draw_mask(axes[0], torch.ones(7, 7, dtype=torch.bool), pair, pair)
     draw_mask(axes[1], causal, pair, pair)
     draw_mask(axes[2], both, target, ["4", "0", "7", *target])
@@ -659,9 +646,9 @@ def main():
         raise InputError(f"SENTENCE={SENTENCE!r} must be 1 to 20 digits separated by spaces: use "
                          "'4 0 7'")
     train_all.check_run()  # a figure shows its learning rate
-    for draw in (positional_encoding_heatmap, positional_encoding_curves, positional_distance,
-                 masks, who_sees_whom, architecture_single, architecture_encoder_decoder,
-                 softmax_scaling, learning_rate, key_value_cache):
+    for draw in (positional_encoding_heatmap, positional_distance, masks, who_sees_whom,
+                 architecture_single, architecture_encoder_decoder, softmax_scaling, learning_rate,
+                 key_value_cache):
         draw()
     models, origins, curves, undertrained = load_models()
     parameters(models)

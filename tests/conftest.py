@@ -18,6 +18,7 @@ import torch
 import decoder_only
 import encoder_decoder
 import encoder_only
+import housekeeping
 import train_all
 from housekeeping import run_script
 from toy_dataset import EOS
@@ -239,8 +240,8 @@ def train_here(monkeypatch, folder, *names, **constants):
         assert hasattr(train_all, name), name
         monkeypatch.setattr(train_all, name, value)
     chosen = {name: train_all.ARCHITECTURES[name] for name in names or train_all.ARCHITECTURES}
-    for name, value in {"ARCHITECTURES": chosen, "CHECKPOINTS": folder / "checkpoints",
-                        "RUNS": folder / "runs",
+    monkeypatch.setattr(housekeeping, "CHECKPOINTS", folder / "checkpoints")
+    for name, value in {"ARCHITECTURES": chosen, "RUNS": folder / "runs",
                         "UNFINISHED": folder / "runs" / "unfinished.pt"}.items():
         monkeypatch.setattr(train_all, name, value)
 

@@ -254,17 +254,17 @@ def ablations():
     from toy_dataset import exact_match
 
     print("variant                               layers   exact match, % (SEED 0-4)")
-    for title, name, arguments, change, warmup_steps, _ in compare.ABLATIONS:
+    for title, arguments, change, warmup_steps, _ in compare.ABLATIONS:
         for num_layers in (2, 8):
             scores = []
             for seed in SEEDS:
                 compare.SEED = seed
                 digits, words = compare.held_out_sequences()
-                model = compare.new_model(name, num_layers=num_layers, **arguments)
+                model = compare.new_model("decoder-only", num_layers=num_layers, **arguments)
                 if change is not None:
                     change(model)
-                compare.train(name, model, 250, warmup_steps)
-                written = compare.ARCHITECTURES[name][0].translate(model, digits)
+                compare.train("decoder-only", model, 250, warmup_steps)
+                written = compare.decoder_only.translate(model, digits)
                 scores.append(exact_match(written, words))
             print(f"{title:38s} {num_layers:5d}   {percent(scores)}", flush=True)
 

@@ -1,5 +1,4 @@
 """The figures: each shows what its title and its labels say, of the model that it names."""
-import math
 import re
 
 from conftest import (MODELS, ROOT, SCRIPTS, finished, random_model, random_models, random_trio,
@@ -14,6 +13,7 @@ import decoder_only
 import train_all
 import visualizations as visual
 from encoder_decoder import cross_attention, record_beam_search
+import housekeeping
 from housekeeping import save_model
 from toy_dataset import EOS, MASK, SEP, VOCABULARY, WORD_OF, create_dataloaders
 from training import lr_factor, parameters_by_component
@@ -144,7 +144,7 @@ def test_small_models_are_scored_on_held_out_rows_and_copied_early(monkeypatch):
 
 
 def test_a_checkpoint_is_shown_with_its_own_constants(tmp_path, monkeypatch, capsys, models):
-    monkeypatch.setattr(visual, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(housekeeping, "CHECKPOINTS", tmp_path)
     monkeypatch.setattr(visual, "train_small", lambda name: (models[name], [], f"early {name}"))
     good = MODELS["encoder_only"](d_model=24, num_heads=3, num_layers=5)
     save_model(good, tmp_path / "encoder_only.pt", 0.95, {})
@@ -225,10 +225,6 @@ def test_each_legend_names_its_curve(draw, monkeypatch):
     lines = lines_of(draw("softmax_scaling")[0].axes[0])
     scaled, plain = (list(lines[f"softmax({name})"].get_ydata()) for name in ("qk / sqrt(K)", "qk"))
     assert plain == sorted(plain) and plain[-1] > 0.9 and max(scaled) - min(scaled) < 0.05
-    for label, line in lines_of(draw("positional_encoding_curves")[0].axes[0]).items():
-        speed = 10000 ** (-int(re.search(r"\d+", label)[0]) / 64)
-        assert label.endswith(f"wavelength {2 * math.pi / speed:,.0f}")
-        assert line.get_ydata()[1] == pytest.approx(math.sin(speed), abs=1e-5)
 
 
 def test_the_strategies_filter_the_distribution_of_their_prefix(models, draw, monkeypatch):

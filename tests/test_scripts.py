@@ -181,7 +181,7 @@ VALUES = {  # every constant differs from its default
     "NUM_SAMPLES": 700, "MAX_DIGITS": 3, "BATCH_SIZE": 17, "LEARNING_RATE": 0.0123,
     "WARMUP_STEPS": 3, "CLIP_NORM": 0.05, "NUM_EPOCHS": 3, "SEED": 5, "NUM_THREADS": 2,
     "MASK_SHARE": 0.4, "RANDOM_SHARE": 0.0, "MIN_MASKING_RATE": 1.0, "FINETUNE_EPOCHS": 1,
-    "FINETUNE_LEARNING_RATE": 0.0045, "BEAM_WIDTH": 5, "LENGTH_PENALTY": 0.6, "NUM_EXAMPLES": 2,
+    "FINETUNE_LEARNING_RATE": 0.0045, "BEAM_WIDTH": 5, "LENGTH_PENALTY": 0.6,
     "VALIDATION_SHARE": 0.2, "ACCUMULATION_STEPS": 3, "MIN_LEARNING_RATE": 0.0011,
     "UNDERTRAINED_STEPS": 7}
 
@@ -191,7 +191,7 @@ def run_main(script, threads=None, **constants):
     module = importlib.import_module(script)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         for name, value in constants.items():
-            patch.setattr(module, name, value)
+            patch.setattr(housekeeping if name == "CHECKPOINTS" else module, name, value)
         if threads is not None:  # record their number; two would be slow here
             patch.setattr(torch, "set_num_threads", threads.append)
         module.main()
@@ -202,11 +202,11 @@ def run_main(script, threads=None, **constants):
 def run(request, tmp_path_factory):
     """A Witness of main() with VALUES for its constants; also what it printed and saved."""
     folder, module = tmp_path_factory.mktemp("run"), vars(importlib.import_module(request.param))
-    values = {**VALUES, "CHECKPOINTS": folder, "RUNS": folder, "UNFINISHED": folder / "unfinished"}
+    values = {**VALUES, "RUNS": folder, "UNFINISHED": folder / "unfinished"}
     torch.set_num_threads(1)
     with Witness() as run:
         run.printed = run_main(request.param, run.threads, **{
-            name: values[name] for name in values.keys() & module.keys()})
+            name: values[name] for name in values.keys() & module.keys()}, CHECKPOINTS=folder)
     run.script, share = request.param, 0.2 if request.param == "train_all" else 0.1
     run.loaders = create_dataloaders(700, 3, 17, 5, share)
     run.models = {name: model_class.load(folder / f"{name}.pt")
@@ -266,10 +266,11 @@ def test_constants_reach_their_place(run):
         assert sum(masks) / len(rows) == pytest.approx(0.4, abs=0.04)  # and MIN_MASKING_RATE
         assert None not in map(digits_of, rows)  # RANDOM_SHARE
     if run.script == "quick_start":
-        assert run.printed.split("mistakes first")[1].split("Result on")[0].count(" -> ") == 3 * 2
+        assert run.printed.split("mistakes first")[1].split("Result on")[0].count(" -> ") == 3 * 5
     assert [rate for rate, _ in run.steps] == pytest.approx(rates)
     assert [norm for _, norm in run.steps] == pytest.approx([0.05] * len(rates), rel=1e-3)
-    assert max(map(len, run.learned)) == 17 and run.threads == [2]
+    assert max(map(len, run.learned)) == 17
+    assert run.threads == [2 if run.script == "train_all" else 1]  # NUM_THREADS
 
 
 def test_the_saved_model_is_the_one_whose_score_is_printed(run):
@@ -300,7 +301,7 @@ def verdict(script, *words, **constants):
     module = importlib.import_module(script)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as errors:
         for name, value in constants.items():
-            patch.setattr(module, name, value)
+            patch.setattr(housekeeping if name == "CHECKPOINTS" else module, name, value)
         patch.setattr(sys, "argv", [f"folder/{script}.py", *words])
         patch.setattr(sys, "stdout", SimpleNamespace(write=write, flush=lambda: None))
         with pytest.raises(SystemExit) as end:
@@ -330,7 +331,7 @@ def test_every_constant_rejects_wrong_values_by_name(script):
 @pytest.mark.parametrize("script, words, constants, message", [
     ("quick_start", "", {"NUM_HEADS": 3}, "NUM_HEADS=3"),
     ("decoder_only", "", {"D_MODEL": 65, "NUM_HEADS": 5}, "D_MODEL=65"),
-    ("encoder_only", "", {"BATCH_SIZE": 5402}, "BATCH_SIZE=5402 is larger than the 5399 training"),
+    ("encoder_only", "", {"BATCH_SIZE": 5402}, "WARMUP_STEPS=40 takes all of the 4 steps"),
     ("encoder_decoder", "", {"NUM_SAMPLES": 111111}, "only 111110 distinct sequences"),
     ("quick_start", "", {"LEARNING_RATE": 0}, "=0 "), ("encoder_only", "", {"DROPOUT": 1}, "=1 "),
     ("quick_start", "", {"DEVICE": "tpu"}, "DEVICE='tpu' is not available here: use 'cpu'"),
@@ -442,12 +443,10 @@ DAMAGE = {
         bytes(byte ^ 4 * (i == 5000) for i, byte in enumerate(path.read_bytes()))),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
     "code": inside(lambda saved, weights: weights.update(more=Attack())),
-    "NaN": inside(lambda saved, weights: weights["final_norm.bias"].fill_(math.nan)),
     "another class": inside(lambda saved, _: saved.update(architecture="DecoderOnlyTransformer")),
     "another size": inside(lambda saved, _: saved["arguments"].update(d_model=24)),
     "a missing weight": inside(lambda saved, weights: weights.pop("final_norm.bias")),
-    "another weight": inside(lambda saved, weights: weights.update(more=torch.zeros(1))),
-    "untied": inside(lambda _, weights: weights.update({"output.weight": torch.ones(26, 12)}))}
+    "another weight": inside(lambda saved, weights: weights.update(more=torch.zeros(1)))}
 
 
 @pytest.fixture
@@ -468,17 +467,13 @@ def test_a_damaged_or_foreign_checkpoint_gives_one_line(damage, saved):
 
 
 @needs_signals
-@pytest.mark.parametrize("problem", ["a full disk", "NaN"])
-def test_a_failed_save_leaves_the_old_checkpoint_intact(problem, saved):
+def test_a_full_disk_leaves_the_old_checkpoint_intact(saved):
     import resource
     model, path = saved
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    if problem == "NaN":
-        model.final_norm.bias.data[3] = math.nan
-    else:  # the system stops writing after 9000 bytes
-        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))  # bytes
     try:
-        with pytest.raises(InputError if problem == "NaN" else OSError):
+        with pytest.raises(OSError):
             model.save(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -538,7 +533,7 @@ def test_code_with_one_name_differs_only_where_marked_new(one, other):
     here, there = definitions(one, other), definitions(other, one)
     shared = here.keys() & there.keys() - OWN
     assert {"attention", "MultiHeadAttention", "PositionalEncoding", "train_epoch"} <= shared
-    assert one == "encoder_only" or {"DecoderLayer", "KeyValueCache", "cut_after"} <= shared
+    assert one == "encoder_only" or {"DecoderLayer", "KeyValueCache"} <= shared
     assert [name for name in shared if here[name] != there[name]] == []
 
 
