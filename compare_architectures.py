@@ -346,10 +346,6 @@ def show_limits(models):
     digits, words = held_out_sequences()
     show_words_to_digits(models, digits, words)
     show_longer_inputs(models)
-    print("  an unknown token: 4 x 7 is encoded as 4 <UNK> 7")
-    for name, model in models.items():
-        written = ARCHITECTURES[name][0].translate(model, [["4", "x", "7"]])[0]
-        print(f"    {name:16s} {' '.join(written)}")
 
 
 # --- 6. How to generate ---------------------------------------------------------------

@@ -642,15 +642,14 @@ def show_cross_attention(model, digits):
 def where_beams_help(model, examples, width, penalty):
     """Return (digits, words) of an example that beam search gets right and greedy gets wrong.
 
-    If there is none, return one that greedy gets wrong, or else the first.
+    If there is none, return the first one.
     """
     sequences = [digits for digits, _, _ in examples]
-    greedy = translate(model, sequences)
-    beams = translate(model, sequences, width, length_penalty=penalty)
-    wrong = [(digits, words, beam) for (digits, words, _), row, beam
-             in zip(examples, greedy, beams) if row != words]
-    helped = [case for case in wrong if case[1] == case[2]]
-    return (helped or wrong or examples)[0][:2]
+    greedy, beams = (translate(model, sequences, beam_width, penalty) for beam_width in (1, width))
+    for (digits, words, _), one, other in zip(examples, greedy, beams):
+        if one != words == other:
+            return digits, words
+    return examples[0][:2]
 
 
 # --- 5. The run -----------------------------------------------------------------------

@@ -185,3 +185,12 @@ def test_invalid_beam_settings_are_rejected_in_one_line(options, words):
 def test_translate_refuses_options_that_beam_search_lacks(options, error):
     with pytest.raises(error, match=list(options)[-1]):
         translate(random_model("encoder_decoder"), SEQUENCES, **options)
+
+
+def test_the_example_shown_is_one_that_beams_get_right_and_greedy_gets_wrong(monkeypatch):
+    answers = {1: [["a"], ["x"], ["x"], ["x"]], 3: [["a"], ["y"], ["c"], ["d"]]}  # by beam width
+    monkeypatch.setattr(encoder_decoder, "translate", lambda _, rows, width, __: answers[width])
+    examples = [([digit], [word], ["?"]) for digit, word in zip("1234", "abcd")]
+    assert encoder_decoder.where_beams_help(None, examples, 3, 1.0) == (["3"], ["c"])
+    answers[3] = answers[1]
+    assert encoder_decoder.where_beams_help(None, examples, 3, 1.0) == (["1"], ["a"])
