@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import encoder_decoder
 from conftest import close, random_model, random_models
 from encoder_decoder import (EncoderDecoderTransformer, best_candidates, record_beam_search,
                              translate)
