@@ -1,10 +1,10 @@
 """
-take_apart.py - replace the parts of trained models by rules in words, and watch the score
+take_apart.py - replace parts of trained models with rules in words, and watch the score
 
 THE IDEA.  A picture of attention weights shows where a model looks, but not whether that matters.
-This script makes a stronger test. It takes a module out of a trained model, puts a rule in words in
-its place, and translates again. If the score stays, the rule does all that the module did for this
-task. If the score falls, the rule misses something.
+This script runs a stronger test. It takes a module out of a trained model, puts a rule in words in
+its place, and translates again. If the score doesn't change, the rule does all that the module did
+for this task. If the score falls, the rule misses something.
 
     column             0   1   2     3      4    5     6
     tokens             4   0   7   <SEP>  four zero seven              three digits: n = 3
@@ -13,12 +13,12 @@ task. If the score falls, the rule misses something.
     encoder-only       column 4 has mask 0 and reads column 0: column q reads column q - n - 1
     encoder-decoder    target column q reads source column q
 
-The rules come from outside: no weight changes. A rule knows the columns and the number of digits,
-but never which digits they are. A table holds the mean of what a module adds to a token's vector,
-measured on training sequences: for example, one mean for each column. All scores are the exact
-match on held-out sequences, without teacher forcing.
+The rules come from outside the model, and no weight changes. A rule knows the columns and the
+number of digits, but never which digits they are. A table holds the mean of what a module adds to a
+token's vector, measured on training sequences: for example, one mean for each column. Scores are
+the exact match on held-out sequences, without teacher forcing.
 
-Run it:     python take_apart.py        (about 60 seconds on one CPU core)
+Run it:     python take_apart.py        (about 65 seconds on one CPU core)
 
 The last lines should be close to:
 
@@ -41,8 +41,8 @@ from housekeeping import choose_device, prepare, run_script
 import torch
 
 from quick_start import ARCHITECTURES
-from toy_dataset import (PAD, SEP, SOS, VOCABULARY, collate_fn, create_dataloaders, exact_match,
-                         to_device)
+from toy_dataset import (DIGITS, EOS, PAD, SEP, SOS, VOCABULARY, collate_fn, create_dataloaders,
+                         exact_match, make_item, to_device)
 from training import train_for
 
 # =====================================================================================
@@ -60,7 +60,7 @@ WARMUP_STEPS = 40
 CLIP_NORM = 1.0
 NUM_STEPS = 680          # training steps of each model
 NUM_MEASURED = 2500      # training sequences from which the tables are measured
-NUM_TRIED = 200          # held-out sequences in sections 1 and 2; section 3 uses all
+NUM_TRIED = 200          # held-out sequences in sections 1 and 2; section 4 uses all
 DEVICE = "cpu"           # or "cuda", "mps"
 # =====================================================================================
 
@@ -175,7 +175,7 @@ def attention_by(rule, subject):
         chosen = (rule(q, k, subject.n[:, :, None]) & (k >= 0))[:, None]  # (B, 1, T, S)
         chosen = chosen if mask is None else chosen & mask
         subject.chosen = chosen[:, 0]
-        weights = chosen / chosen.sum(-1, keepdim=True).clamp(min=1)
+        weights = (chosen / chosen.sum(-1, keepdim=True).clamp(min=1)).to(values)
         weights = weights.expand(-1, queries.size(1), -1, -1)  # the same in all heads
         return weights @ values, weights
     return attention_function
@@ -293,6 +293,94 @@ def show_menu(subjects, parts, menu):
         print(f"    {change:38s}{cells}", flush=True)
 
 
+# --- Beginning and stopping -----------------------------------------------------------
+def rows_of(subject, n):
+    """Return the measured sequences of n digits as one batch."""
+    rows = [digits for batch in subject.measured for digits in batch["digits"] if len(digits) == n]
+    return to_device(collate_fn([make_item(digits) for digits in rows]), choose_device(DEVICE))
+
+
+@torch.no_grad()
+def first_words(subject, n=5):
+    """Exchange the positions of the first and the last digit of n, which stay in their columns.
+
+    Returns how often <SEP> of the decoder-only model then predicts the word of the digit that has
+    position 0, and of the digit in column 0, where the two digits differ.
+    """
+    tokens = rows_of(subject, n)["pair"][:, :n + 1]  # (B, n + 1)
+    tokens = tokens[tokens[:, 0] != tokens[:, n - 1]]
+    positions = torch.arange(n + 1, device=tokens.device).expand(len(tokens), -1).clone()
+    positions[:, [0, n - 1]] = positions[:, [n - 1, 0]]
+    hidden, _ = subject.model.run_decoder(tokens, positions=positions)
+    predicted = subject.model.output(hidden[:, -1]).argmax(-1)  # (B,)
+    words = tokens + len(DIGITS)  # the ids of the digits' words
+    return [(predicted == words[:, column]).float().mean().item() for column in (n - 1, 0)]
+
+
+@torch.no_grad()
+def stops_of_gpt(subject, says_last, rule, n=5):
+    """Return how often the decoder-only model predicts <EOS> in the column of word n - 2.
+
+    That is not the last word. If `says_last`, the attention of layer 0 adds there what it adds at
+    the last word of n - 1 digits, its mean over such sequences. Layer 1 attends by `rule`.
+    """
+    column, part = 2 * n - 2, subject.modules["layers.0.self_attention"]
+    added = []
+    handle = part.register_forward_hook(lambda *x: added.append(x[2][0][:, column].mean(0)))
+    subject.model(rows_of(subject, n - 1)["pair"])
+    handle.remove()
+
+    def say_last(_, __, output):
+        output[0][:, column] = added[0]
+
+    handle = part.register_forward_hook(say_last) if says_last else None
+    replace(subject, "layers.1.self_attention", rule)
+    logits = subject.model(rows_of(subject, n)["pair"])
+    restore(subject, ["layers.1.self_attention"])
+    if handle:
+        handle.remove()
+    return (logits[:, column].argmax(-1) == EOS).float().mean().item()
+
+
+@torch.no_grad()
+def stops_of_t5(subject, j, n=5):
+    """Return how often the encoder-decoder predicts <EOS> after t words, t = 1 to n - 1, (n - 1,).
+
+    Both cross-attentions read digit j everywhere.
+    """
+    parts = ["decoder_layers.0.cross_attention", "decoder_layers.1.cross_attention"]
+    for part in parts:
+        rule = attention_by(lambda q, k, _: (k == j) & (q >= 0), subject)
+        subject.modules[part].attention_function = rule
+    batch = rows_of(subject, n)
+    logits = subject.model(batch["source"], batch["decoder_input"], batch["source_mask"])
+    restore(subject, parts)
+    return (logits[:, 1:n].argmax(-1) == EOS).float().mean(0).tolist()
+
+
+def show_first_and_last(subjects):
+    """Print which digit GPT reads first, and what makes GPT and T5 stop."""
+    swapped = [first_words(subject) for subject in subjects["decoder-only"]]
+    print("  GPT's first word, if the positions of digits 0 and 4 are exchanged, is the digit that")
+    for title, scores in zip(("has position 0", "stands in column 0"), zip(*swapped)):
+        print(f"    {title:36s}{span(scores, 0):>9s}")
+    print(f"  {'GPT stops before the last word, if it':38s}{'reads <SEP>':>14s}{'a digit':>12s}"
+          f"{'nothing':>12s}")
+    for title, says_last in (("layer 0 says that the last is reached", True),
+                             ("layer 0 does not say so", False)):
+        cells = [span([stops_of_gpt(s, says_last, rule) for s in subjects["decoder-only"]], 0)
+                 for rule in ("attend to <SEP>", READ, OFF)]
+        print(f"    {title:38s}{cells[0]:>12s}{cells[1]:>12s}{cells[2]:>12s}")
+    print("  T5 stops before the last word, if the digit that it reads stands")
+    tables = [[stops_of_t5(subject, j) for j in range(5)]
+              for subject in subjects["encoder-decoder"]]
+    for title, wanted in (("before the column of the query", int.__lt__),
+                          ("in that column, or after it", int.__ge__)):
+        cells = [[table[j][t - 1] for j in range(5) for t in range(1, 5) if wanted(j, t)]
+                 for table in tables]
+        print(f"    {title:36s}{span([sum(each) / len(each) for each in cells], 0):>9s}")
+
+
 def main():
     prepare(globals())
     subjects = {}
@@ -306,7 +394,7 @@ def main():
         show_menu(group, list(group[0].learned), [
             *RULES, *READING_RULES[name], *list(TABLES)[:4]])
 
-    print("\n2. All attention replaced as in section 3, and one feed-forward network")
+    print("\n2. All attention replaced as in section 4, and one feed-forward network")
     for name, group in subjects.items():
         print(f"  {name}")
         attention = [part for part in PLANS[name] if part in group[0].learned]
@@ -319,7 +407,10 @@ def main():
         for subject in group:
             restore(subject, attention)
 
-    print("\n3. One module after another: exact match with all replaced so far")
+    print("\n3. The first word, and <EOS>: how often, in percent, in sequences of five digits")
+    show_first_and_last(subjects)
+
+    print("\n4. One module after another: exact match with all replaced so far")
     for name, group in subjects.items():
         print(f"  {name:30s}{'as learned':36s}{span([s.score() for s in group], 1):>12s}")
         for part, change in PLANS[name].items():

@@ -13,7 +13,7 @@ larger models are trained. One loop serves all three, and a constant turns each 
       sometimes: save everything                 a killed run resumes from the last save
 
 Run it:     python train_all.py                            (about 70 seconds on one CPU core)
-            torchrun --nproc_per_node=2 train_all.py       two processes (torchrun --help: machines)
+            torchrun --nproc_per_node=2 train_all.py       in two processes
 
 You can stop it at any time: the next run resumes, and repeats at most RESUME_EVERY steps. Start one
 run at a time, because two would overwrite each other's files.

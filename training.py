@@ -1,8 +1,8 @@
 """
-training.py - what every training shares: schedule, optimizer, evaluation, and measuring
+training.py - what every training run shares: schedule, optimizer, evaluation, and measuring
 
-The architecture scripts contain the training loop itself (`train_epoch`). What is around it is the
-same for every architecture, so it is here:
+The architecture scripts contain the training loop itself (`train_epoch`). The parts around the loop
+are the same for every architecture, so they are in this file:
 
     lr_factor, create_optimizer    warmup and decay of the learning rate; AdamW
     batches, check_finite          the small parts of a loop

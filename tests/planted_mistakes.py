@@ -230,7 +230,7 @@ TESTS = [["test_attention.py", "test_masks.py", "test_models.py", "test_dataset.
 
 MISTAKES_IN_VARIATIONS = [
     ("longer: distances without a sign",
-     "(distances.clamp(-CLIP, CLIP) + CLIP)", "(distances.abs().clamp(-CLIP, CLIP) + CLIP)"),
+     "(distances.clamp(-self.clip, self.clip)", "(distances.abs().clamp(-self.clip, self.clip)"),
     ("longer: vectors not divided by sqrt(K)",
      "queries @ self.table.T / math.sqrt(self.head_dim)", "queries @ self.table.T"),
     ("longer: the count does not restart", "columns - middle, super()", "columns, super()"),

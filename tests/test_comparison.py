@@ -349,6 +349,26 @@ def test_a_rule_replaces_attention_and_a_wrong_rule_does_not(monkeypatch):
     assert subject.score(200) == learned and not subject.hooks
 
 
+def test_gpt_stops_only_if_both_layers_agree(monkeypatch):
+    monkeypatch.setattr(take_apart, "NUM_STEPS", 400)
+    subject = take_apart.new_subject("decoder-only", 0)
+    assert take_apart.first_words(subject) == pytest.approx([1, 0], abs=0.05)
+    stops, read = take_apart.stops_of_gpt, take_apart.READ
+    assert stops(subject, True, "attend to <SEP>") > 0.5 > 0.1 > stops(subject, True, read)
+    assert stops(subject, False, read) == 0 and subject.score(200) > 0.9  # and all is restored
+
+
+def test_t5_stops_if_it_reads_a_digit_before_its_column():
+    model = random_model("encoder_decoder")
+    items = [toy_dataset.make_item(list(digits)) for digits in ("40712", "99381", "123")]
+    subject = take_apart.Subject("encoder-decoder", model, [toy_dataset.collate_fn(items)], items)
+    seen = []
+    for layer in model.decoder_layers:
+        layer.register_forward_hook(lambda _, __, output: seen.append(output[1]))
+    assert len(take_apart.stops_of_t5(subject, 3)) == 4 and len(seen) == 2
+    assert all(weights[..., 3].eq(1).all() and len(weights) == 2 for weights in seen)
+
+
 def test_a_table_holds_the_mean_of_what_a_module_adds():
     model = random_model("decoder_only")
     items = [toy_dataset.make_item(digits) for digits in (["4", "0"], ["7"], ["1", "2"])]

@@ -191,7 +191,8 @@ def test_nan_stops_training_before_anything_is_overwritten(what, where, tmp_path
         logits, labels = original(model, batch)
         assert model.training == logits.requires_grad
         in_training.append(model.training)
-        if (sum(in_training), model.training) == ((5, True) if where == "at step 4" else (6, False)):
+        wanted = (5, True) if where == "at step 4" else (6, False)
+        if (sum(in_training), model.training) == wanted:
             before[:] = [file.read_bytes() for file in files]
             if what != "gradient norm":
                 return logits * math.nan, labels

@@ -75,7 +75,7 @@ def in_pieces(model, ids, real=None, positions=None, memory=None):
 # --- Properties of all ----------------------------------------------------------------
 @each_module
 def test_the_printed_checks_hold(module, capsys):
-    module.prove_it()
+    module.run_checks()
     assert len(re.findall(r" \d\.\de[+-]\d\d$", capsys.readouterr().out, re.MULTILINE)) > 2
 
 
@@ -340,8 +340,8 @@ def test_the_count_restarts_at_sep_also_with_left_padding():
         [0, 1, 2, 0, 1, 2, 3, 4], [0, 0, 0, 0, 0, 0, 1, 2], [0, 0, 0, 0, 1, 2, 3, 4]]
 
 
-@pytest.mark.parametrize("way", ["learned", "none", "rotary", "ALiBi", "relative", "sinusoids"])
-@pytest.mark.parametrize("model_class", [DecoderOnlyTransformer, longer.RestartingDecoder,
+@pytest.mark.parametrize("way", ["learned", "none", "rotary", "relative", "sinusoids"])
+@pytest.mark.parametrize("model_class", [DecoderOnlyTransformer, longer.RandomStart,
                                          EncoderDecoderTransformer])
 @torch.no_grad()
 def test_every_way_gives_the_same_with_and_without_a_cache(way, model_class):
@@ -371,30 +371,38 @@ def test_sources_of_at_most_five_digits_end_with_eos():
             assert len(words) == len(digits) - 1 <= 5 and "<EOS>" not in words
 
 
+def test_a_random_start_moves_whole_training_sequences_and_only_those():
+    ids = torch.tensor([[10, 6, 13, SEP, 20, 16, 23, EOS]] * 50)
+    model, plain = longer.RandomStart(), longer.RestartingDecoder().positions_of(ids)
+    moved = model.train().positions_of(ids) - plain
+    assert moved.unique(dim=1).size(1) == 1 and 20 < len(moved[:, 0].unique()) <= 41
+    assert model.eval().positions_of(ids).equal(plain)
+
+
 @pytest.mark.parametrize("ended", [False, True])
-def test_correct_words_are_divided_by_expected_words(ended):
+def test_a_longer_sequence_counts_if_every_word_is_correct(ended):
     """In turn, a row is complete, lacks its last word, is empty, and has one word too many."""
     def translate(_, rows):
         assert all((row[-1] == "<EOS>") == ended for row in rows)
         words = [[WORD_OF[digit] for digit in row if digit in DIGITS] for row in rows]
         return [(row, row[:-1], [], [*row, "one"])[i % 4] for i, row in enumerate(words)]
 
-    cells = longer.measure_lengths(None, SimpleNamespace(translate=translate), ended)
-    assert cells == [(0.25, pytest.approx((3 * n - 1) / (4 * n)), 0.25) for n in longer.LENGTHS]
+    scores = longer.by_lengths(None, SimpleNamespace(translate=translate), ended)
+    assert scores == [0.25] * len(longer.LENGTHS)
 
 
 # --- measure.py and run_all.py --------------------------------------------------------
 def test_a_check_refuses_nan_and_what_is_above_its_limit(monkeypatch):
-    measure.prove("equal", 1e-10)
+    measure.expect("equal", 1e-10)
     for difference in (math.nan, math.inf, 1.1e-10):
         with pytest.raises(InputError, match=r"equal \(difference"):
-            measure.prove("equal", difference)
+            measure.expect("equal", difference)
     append = decoder_only.KeyValueCache.append
     monkeypatch.setattr(decoder_only.KeyValueCache, "append", lambda *new: (
         part.flip(2) for part in append(*new)))
     model = random_weights(measure.new_model(0))
     with pytest.raises(InputError, match="with and without cache"):
-        measure.prove_cache(model)
+        measure.check_cache(model)
 
 
 @pytest.mark.parametrize("module", [rotary_positions, alibi, grouped_queries, latent_attention,

@@ -4,7 +4,7 @@ alibi.py - encode positions with a penalty for distance (ALiBi)
 THE IDEA.  Add nothing to the tokens. Instead, subtract from each score an amount that grows with
 the distance between query and key: near keys get more weight, unless a distant one matches much
 better (Press et al. 2022, "Train Short, Test Long", section 3). Each head has its own slope, so
-that some heads attend mostly to close tokens and others far back. Nothing is learned.
+that some heads attend mostly to nearby tokens, while others look far back. Nothing is learned.
 
     distance                   3       2       1     0
     head 0, slope 1/4       -0.75   -0.5    -0.25    0       added to the scores q.k / sqrt(K)
@@ -14,8 +14,8 @@ Bloom and MPT use it. Press et al. report good results on rows longer than those
 
 Run it:     python variations/alibi.py        (about 10 seconds on one CPU core)
 """
-from measure import (LONGER, Positions, largest_difference, new_model, prepare, print_row, prove,
-                     prove_cache, train_and_score)
+from measure import (LONGER, Positions, largest_difference, new_model, prepare, print_row, expect,
+                     check_cache, train_and_score)
 import functools
 import math
 
@@ -80,12 +80,12 @@ def use_alibi(model, slopes=None):
 
 # --- The check ------------------------------------------------------------------------
 @torch.no_grad()
-def prove_it():
+def run_checks():
     print("The check: largest differences, in float64")
     tokens = torch.tensor([[10, 6, 13, 4, 20, 16, 23], [9, 15, 4, 19, 25, 8, 7]])
     base, model = new_model(0).double(), use_alibi(new_model(0)).double()
     base.positional_encoding = Positions()
-    prove("slopes of 0: equal to the base without positions",
+    expect("slopes of 0: equal to the base without positions",
           largest_difference(use_alibi(new_model(0), torch.zeros(4)).double()(tokens),
                              base(tokens)))
     print(f"  {'the slopes of 4 heads: the outputs change':66s} "
@@ -95,9 +95,9 @@ def prove_it():
         layer.self_attention.w_k.bias.zero_()
     _, weights = model.run_decoder(tokens)
     expected = torch.softmax(-slopes_of(4)[:, None] * torch.arange(7).flip(0), -1)
-    prove("equal keys: the last query's weights are softmax(-slope * distance)",
+    expect("equal keys: the last query's weights are softmax(-slope * distance)",
           largest_difference(weights[0][0, :, -1], expected))
-    prove_cache(use_alibi(new_model(1)).double())
+    check_cache(use_alibi(new_model(1)).double())
 
 
 # --- The measurement ------------------------------------------------------------------
@@ -106,7 +106,7 @@ def main():
     torch.set_num_threads(1)
     print("Slopes for 4 heads: " + "  ".join(f"{s:.4g}" for s in slopes_of(4).tolist()))
     print("Slopes for 3 heads: " + "  ".join(f"{s:.4g}" for s in slopes_of(3).tolist()))
-    prove_it()
+    run_checks()
     print(f"\nThe measurement: exact match after {NUM_EPOCHS} epochs on rows of up to 5 digits")
     print_row("", ["held out", *(f"{n} digits" for n in LONGER)])
     results = []

@@ -16,7 +16,7 @@ the keys, and one number per query: the logarithm of the sum of exp(score) (Dao 
 
 Run it:     python variations/flash_attention.py        (about 5 seconds on one CPU core)
 """
-from measure import largest_difference, prepare, prove
+from measure import largest_difference, prepare, expect
 import functools
 import math
 import weakref
@@ -110,7 +110,7 @@ def flash_attention(queries, keys, values, mask=None, dropout=0.0):
 
 
 # --- The check ------------------------------------------------------------------------
-def prove_it():
+def run_checks():
     print("The check: largest differences, in float64")
     torch.manual_seed(0)
     shapes = (2, 3, 150, 8), (2, 3, 170, 8), (2, 3, 170, 8)  # not multiples of TILE
@@ -131,7 +131,7 @@ def prove_it():
             # The power makes the gradient differ between elements.
             results.append([out, *torch.autograd.grad((out ** 3).sum(), inputs)])
         for what, one, other in zip(("output", "dQ", "dK", "dV"), *results):
-            prove(f"{name}: {what}", largest_difference(one, other))
+            expect(f"{name}: {what}", largest_difference(one, other))
 
 
 # --- The measurement ------------------------------------------------------------------
@@ -171,7 +171,7 @@ def step(function, length):
 def main():
     prepare(globals())
     torch.set_num_threads(1)
-    prove_it()
+    run_checks()
     ways = {"formula": attention, "tiles": flash_attention,
             "PyTorch's kernel": lambda *inputs: (F.scaled_dot_product_attention(*inputs), None)}
     print("\nThe measurement: forward and backward, 2 heads of 16; peak bytes of all tensors")

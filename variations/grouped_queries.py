@@ -1,8 +1,8 @@
 r"""
 grouped_queries.py - several heads share their keys and values (grouped-query attention)
 
-THE IDEA.  With long texts or many rows, most of the memory in generation goes to the cached keys
-and values of all heads. So keep H query heads, but only G key heads, and let H / G query heads
+THE IDEA.  With long texts or large batches, most of the memory in generation goes to the cached
+keys and values of all heads. So keep H query heads, but only G key heads, and let H / G query heads
 share each of them (Ainslie et al. 2023, GQA). The cache shrinks by H / G. G = H is multi-head
 attention; G = 1 is multi-query attention (Shazeer 2019).
 
@@ -16,7 +16,7 @@ Llama 2 70B, Llama 3, and Mistral use 8 key heads.
 Run it:     python variations/grouped_queries.py        (about 15 seconds on one CPU core)
 """
 from measure import (cache_bytes, count_parameters, evaluate_held_out, largest_difference,
-                     new_model, prepare, prove, prove_cache, replace_attention, train)
+                     new_model, prepare, expect, check_cache, replace_attention, train)
 import copy
 from types import SimpleNamespace
 
@@ -100,12 +100,12 @@ def use_grouped_queries(model, key_heads, shared="mean"):
 
 # --- The check ------------------------------------------------------------------------
 @torch.no_grad()
-def prove_it():
+def run_checks():
     print("The check: largest differences, in float64")
     tokens = torch.tensor([[10, 6, 13, 4, 20, 16, 23], [9, 15, 4, 19, 25, 8, 7]])
     base = new_model(0, num_heads=NUM_HEADS).double()
     model = use_grouped_queries(new_model(0, num_heads=NUM_HEADS), NUM_HEADS).double()
-    prove(f"{NUM_HEADS} key heads: equal to multi-head attention",
+    expect(f"{NUM_HEADS} key heads: equal to multi-head attention",
           largest_difference(model(tokens), base(tokens)))
     base = new_model(0, num_heads=4).double()
     for layer in base.layers:
@@ -114,9 +114,9 @@ def prove_it():
                 heads = value.view(4, 16, -1)
                 heads.copy_(heads[[0, 0, 2, 2]])  # equal within each group
     model = use_grouped_queries(copy.deepcopy(base), 2)
-    prove("2 key heads: equal to 4 heads that are equal in pairs",
+    expect("2 key heads: equal to 4 heads that are equal in pairs",
           largest_difference(model(tokens), base(tokens)))
-    prove_cache(use_grouped_queries(new_model(1), 2).double())
+    check_cache(use_grouped_queries(new_model(1), 2).double())
 
 
 # --- The measurement ------------------------------------------------------------------
@@ -124,7 +124,7 @@ def main():
     prepare(globals())
     check(d_model=64, NUM_HEADS=NUM_HEADS)
     torch.set_num_threads(1)
-    prove_it()
+    run_checks()
     key_heads = [g for g in range(NUM_HEADS, 0, -1) if NUM_HEADS % g == 0]
     print(f"\nThe measurement: exact match on held-out sequences, {NUM_HEADS} query heads. Then, "
           f"after {UPTRAINING_EPOCHS} epoch(s),\na trained multi-head model with shared heads (the "

@@ -15,8 +15,8 @@ same result.
 
 Run it:     python variations/latent_attention.py        (about 25 seconds on one CPU core)
 """
-from measure import (cache_bytes, count_parameters, largest_difference, new_model, prepare, prove,
-                     prove_cache, replace_attention, train)
+from measure import (cache_bytes, count_parameters, largest_difference, new_model, prepare, expect,
+                     check_cache, replace_attention, train)
 import torch
 from torch import nn
 
@@ -108,7 +108,7 @@ def absorb(model, absorbed=True):
 
 # --- The check ------------------------------------------------------------------------
 @torch.no_grad()
-def prove_it():
+def run_checks():
     print("The check: largest differences, in float64")
     tokens = torch.tensor([[10, 6, 13, 4, 20, 16, 23], [9, 15, 4, 19, 25, 8, 7]])
     base = new_model(0).double()
@@ -122,14 +122,14 @@ def prove_it():
             getattr(mine, name).bias.copy_(getattr(other, name).bias)
         for name in ("w_k", "w_v"):
             getattr(other, name).bias.zero_()  # latent attention has none
-    prove("a latent that is a copy of the token: equal to multi-head attention",
+    expect("a latent that is a copy of the token: equal to multi-head attention",
           largest_difference(model(tokens), base(tokens)))
     model = use_latents(new_model(0), 12).double()
     plain = model(tokens)
     absorb(model)
-    prove("expansion moved into queries and output: nothing changes",
+    expect("expansion moved into queries and output: nothing changes",
           largest_difference(model(tokens), plain))
-    prove_cache(model)
+    check_cache(model)
 
 
 # --- The measurement ------------------------------------------------------------------
@@ -152,7 +152,7 @@ def show_times(tokens=800):
 def main():
     prepare(globals())
     torch.set_num_threads(1)
-    prove_it()
+    run_checks()
     print(f"\nThe measurement: exact match on held-out sequences after {NUM_EPOCHS} epochs")
     print(f"  {'':32s}{'parameters':>12s}{'cache, bytes per token':>25s}{'exact match':>13s}")
     results, sizes = {}, (None, 32, 16, 8, 4) if FULL else (None, 16, 4)

@@ -1,8 +1,8 @@
 """
-measure.py - what the variations share: replacing a part, training, proofs, and scores
+measure.py - what the variations share: replacing a part, training, checks, and scores
 
-A variation builds a model of the base scripts, replaces one part, proves what must hold, and trains
-both in the same run, with the data and the recipe of decoder_only.py. Import this file first: it
+A variation builds a model of the base scripts, replaces one part, checks what must hold, and trains
+the base and the variation in the same run, with the data and the recipe of decoder_only.py. Import this file first: it
 makes the base scripts importable.
 """
 import sys
@@ -113,7 +113,7 @@ def print_row(title, cells):
         f"{cell:>11s}" if isinstance(cell, str) else f"{cell:11.1%}" for cell in cells), flush=True)
 
 
-def prove(what, difference, limit=1e-10):
+def expect(what, difference, limit=1e-10):
     """Print the difference of two results. Raises InputError if it is above `limit`."""
     print(f"  {what:66s} {difference:8.1e}")
     if not difference <= limit:  # NaN fails too
@@ -127,13 +127,13 @@ def largest_difference(one, other):
 
 
 @torch.no_grad()
-def prove_cache(model, what="with and without cache, left padding: rows that differ"):
+def check_cache(model, what="with and without cache, left padding: rows that differ"):
     """Prove that the cache does not change generated rows. Changes the embedding of `model`."""
     model.embedding.weight.normal_()  # an untrained model would repeat one token
     prompts = [[10, 6, 13, 4], [9, 4], [7, 7, 8, 15, 4]]
     rows = [model.generate(prompts, 12, use_cache=use_cache, stop_at=None)
             for use_cache in (True, False)]
-    prove(what, float(sum(one != other for one, other in zip(*rows))), 0.0)
+    expect(what, float(sum(one != other for one, other in zip(*rows))), 0.0)
 
 
 def cache_bytes(model, tokens):

@@ -2,9 +2,9 @@
 modern_decoder.py - from the GPT-2 block to that of today's open models, in six steps
 
 THE IDEA.  The base is built like GPT-2 (2019). Llama 3 and Mistral 7B still have attention and a
-feed-forward network, in the same order, and changed the following. (Others differ in details: Qwen2
-keeps some biases, and small models often tie the output.) Each step changes one thing in the model
-before it:
+feed-forward network, in the same order, but six things have changed since. (Others differ in
+details: Qwen2 keeps some biases, and small models often tie the output.) Each step changes one thing
+in the model before it:
 
     1  RMSNorm          no mean, no shift: x / sqrt(mean(x^2)) * gain       Zhang and Sennrich 2019
     2  no biases        in any linear layer                                  T5, PaLM
@@ -14,14 +14,14 @@ before it:
     6  untied           a separate output matrix                            LLaMA, 2023
 
 The hidden size of the feed-forward network is chosen so that all models have the same number of
-parameters, within 1%. The last model is LlamaForCausalLM of transformers, up to the order of the
-rows of w_q and w_k and the factor sqrt(D) of the embedding. A test copies the weights and compares
-logits and generated tokens.
+parameters, within 1%. The last model computes the same as LlamaForCausalLM of transformers, except
+that the rows of w_q and w_k are in another order and that the embedding is scaled by sqrt(D). A test
+copies the weights and compares logits and generated tokens.
 
 Run it:     python variations/modern_decoder.py        (about 20 seconds on one CPU core)
 """
-from measure import (cache_bytes, count_parameters, largest_difference, new_model, prepare, prove,
-                     prove_cache, replace_attention, train)
+from measure import (cache_bytes, count_parameters, largest_difference, new_model, prepare, expect,
+                     check_cache, replace_attention, train)
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -147,16 +147,16 @@ def matching_d_ff(number, parameters):
 
 # --- The check ------------------------------------------------------------------------
 @torch.no_grad()
-def prove_it():
+def run_checks():
     print("The check: largest differences, in float64")
     tokens = torch.tensor([[10, 6, 13, 4, 20, 16, 23], [9, 15, 4, 19, 25, 8, 7]])
     target = count_parameters(new_model(0))
-    prove("no step: equal to the base",
+    expect("no step: equal to the base",
           largest_difference(build(0, 0, matching_d_ff(0, target)).double()(tokens),
                              new_model(0).double()(tokens)))
     x = torch.randn(5, 64).double()
     x = x - x.mean(-1, keepdim=True)
-    prove("RMSNorm of vectors with mean 0: equal to LayerNorm",
+    expect("RMSNorm of vectors with mean 0: equal to LayerNorm",
           largest_difference(RMSNorm(64).double()(x), nn.LayerNorm(64).double()(x)))
     model = build(5, 0, num_layers=1).double()  # with two, the causal mask itself encodes order
     swapped = tokens[:, [1, 0, 2, 3, 4, 5, 6]]
@@ -166,15 +166,15 @@ def prove_it():
 
     print(f"  {'rotary, two earlier tokens swapped: the output changes':66s} {effect():8.1e}")
     model.positional_encoding.frequency.zero_()
-    prove("angles of 0, one layer: the order does not matter", effect())
-    prove_cache(build(6, 0).double())
+    expect("angles of 0, one layer: the order does not matter", effect())
+    check_cache(build(6, 0).double())
 
 
 # --- The measurement ------------------------------------------------------------------
 def main():
     prepare(globals())
     torch.set_num_threads(1)
-    prove_it()
+    run_checks()
     print(f"\nThe measurement: exact match on held-out sequences after {NUM_EPOCHS} epochs")
     seeds = range(SEED, SEED + (3 if FULL else 1))
     print(f"  {'':22s}{'parameters':>12s}{'d_ff':>6s}{'cache, bytes per token':>25s}"

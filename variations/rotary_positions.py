@@ -15,7 +15,7 @@ positions.
 
 Run it:     python variations/rotary_positions.py        (about 10 seconds on one CPU core)
 """
-from measure import (LONGER, largest_difference, new_model, prepare, print_row, prove, prove_cache,
+from measure import (LONGER, largest_difference, new_model, prepare, print_row, expect, check_cache,
                      replace_attention, scores, train_and_score)
 import torch
 from torch import nn
@@ -105,7 +105,7 @@ def interpolate_sinusoids(model, factor):
 
 # --- The check ------------------------------------------------------------------------
 @torch.no_grad()
-def prove_it():
+def run_checks():
     print("The check: largest differences, in float64")
     tokens = torch.tensor([[10, 6, 13, 4, 20, 16, 23], [9, 15, 4, 19, 25, 8, 7]])
     positions = torch.arange(7).expand(2, 7)
@@ -113,22 +113,22 @@ def prove_it():
     model = use_rotary_positions(new_model(0)).double()
     model.positional_encoding.frequency.zero_()
     base.positional_encoding.table.zero_()
-    prove("angles of 0: equal to the base without positions",
+    expect("angles of 0: equal to the base without positions",
           largest_difference(model(tokens), base(tokens)))
     model = use_rotary_positions(new_model(0)).double()
     here, moved = (model.run_decoder(tokens, positions=positions + shift)[0] for shift in (0, 9))
-    prove("all positions moved by 9: nothing changes", largest_difference(here, moved))
+    expect("all positions moved by 9: nothing changes", largest_difference(here, moved))
     spread = model.run_decoder(tokens, positions=2 * positions)[0]
     print(f"  {'all distances doubled: the outputs change':66s} "
           f"{largest_difference(here, spread):8.1e}")
-    prove_cache(use_rotary_positions(new_model(1)).double())
+    check_cache(use_rotary_positions(new_model(1)).double())
 
 
 # --- The measurement ------------------------------------------------------------------
 def main():
     prepare(globals())
     torch.set_num_threads(1)
-    prove_it()
+    run_checks()
     print(f"\nThe measurement: exact match after {NUM_EPOCHS} epochs on rows of up to 5 digits")
     print_row("", ["held out", *(f"{n} digits" for n in LONGER)])
     results = []

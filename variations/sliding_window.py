@@ -13,13 +13,13 @@ used again, so the cache can drop them: its memory is constant, however long the
               . . . # # #
 
 After L layers, a vector can depend on tokens up to L (w - 1) positions back, because each layer
-adds w - 1. The first Mistral 7B used a window in every layer, Gemma 2 uses it in every second one,
+adds w - 1. The first Mistral 7B used a window in every layer, Gemma 2 uses one in every other layer,
 and Gemma 3 in five of six.
 
 Run it:     python variations/sliding_window.py        (about 15 seconds on one CPU core)
 """
-from measure import (by_length, cache_bytes, largest_difference, new_model, prepare, prove,
-                     prove_cache, replace_attention, train)
+from measure import (by_length, cache_bytes, largest_difference, new_model, prepare, expect,
+                     check_cache, replace_attention, train)
 import torch
 
 from decoder_only import KeyValueCache, MultiHeadAttention
@@ -112,12 +112,12 @@ def reach(model, length=24):
 
 # --- The check ------------------------------------------------------------------------
 @torch.no_grad()
-def prove_it():
+def run_checks():
     print("The check: largest differences, in float64")
     tokens = torch.tensor([[10, 6, 13, 4, 20, 16, 23], [9, 15, 4, 19, 25, 8, 7]])
     base = new_model(0).double()
     model = use_sliding_window(new_model(0).double(), 7)
-    prove("a window as long as the row: equal to full attention",
+    expect("a window as long as the row: equal to full attention",
           largest_difference(model(tokens), base(tokens)))
     for window in (1, 2, 3, 5):
         model = use_sliding_window(new_model(0).double(), window)
@@ -125,20 +125,20 @@ def prove_it():
         caches = [layer.self_attention.new_cache(2, 7) for layer in model.layers]
         steps = [model.run_decoder(tokens[:, t:t + 1], positions=torch.full((2, 1), t),
                               caches=caches)[0] for t in range(7)]
-        prove(f"window {window}: the rolling cache gives what the mask gives",
+        expect(f"window {window}: the rolling cache gives what the mask gives",
               largest_difference(torch.cat(steps, 1), whole))
     for layers, window in ((1, 3), (2, 3), (3, 3), (2, 5)):
         model = use_sliding_window(new_model(0, num_layers=layers).double(), window)
-        prove(f"L = {layers}, w = {window}: the reach is L (w - 1) = {layers * (window - 1)}",
+        expect(f"L = {layers}, w = {window}: the reach is L (w - 1) = {layers * (window - 1)}",
               abs(reach(model) - layers * (window - 1)))
-    prove_cache(use_sliding_window(new_model(1).double(), 3))
+    check_cache(use_sliding_window(new_model(1).double(), 3))
 
 
 # --- The measurement ------------------------------------------------------------------
 def main():
     prepare(globals())
     torch.set_num_threads(1)
-    prove_it()
+    run_checks()
     print(f"\nThe measurement: exact match on held-out sequences after {NUM_EPOCHS} epochs (window "
           f"3: {3 * NUM_EPOCHS}).\nWith n digits, a word is predicted n positions after its digit. "
           "Two layers reach 2 (w - 1).")
