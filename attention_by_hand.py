@@ -77,7 +77,9 @@ for width in (4, 64, 1024):
     for name, scale in (("q.k", 1.0), ("q.k / sqrt(K)", math.sqrt(width))):
         scores = (queries @ keys.transpose(-2, -1) / scale).requires_grad_()  # (500, 1, 16)
         weights = torch.softmax(scores, dim=-1)
-        weights[..., 0].sum().backward()  # how the first weight of each query depends on the scores
+        # PyTorch notes what is computed from `scores`. backward() then fills scores.grad with
+        # derivatives: how much the first weight of a query changes with each of its scores.
+        weights[..., 0].sum().backward()
         largest = weights.max(-1).values.mean().item()
         gradient = scores.grad.abs().mean().item()
         print(f"   {name}: largest weight {largest:.2f}, gradient {gradient:.4f}", end="")

@@ -50,7 +50,7 @@ D_MODEL = 64             # size of a token's vector
 NUM_HEADS = 4            # must divide D_MODEL
 NUM_LAYERS = 2           # number of layers
 D_FF = 256               # hidden size of the feed-forward network
-DROPOUT = 0.0            # fraction of activations set to 0 in training. Try 0.3: 55.9-75.2%.
+DROPOUT = 0.0            # fraction of numbers set to 0 at random in training. Try 0.3: 55.9-75.2%.
 # The task
 NUM_SAMPLES = 6000       # distinct sequences, training plus validation
 MAX_DIGITS = 5           # longest sequence
@@ -58,7 +58,7 @@ MAX_DIGITS = 5           # longest sequence
 BATCH_SIZE = 64          # sequences per step
 LEARNING_RATE = 3e-3     # at its peak. Try 1e-4: 99.8-100%.
 WARMUP_STEPS = 40        # steps over which the learning rate rises to its peak
-CLIP_NORM = 1.0          # maximum norm of the gradient
+CLIP_NORM = 1.0          # a longer gradient is shortened to this length
 NUM_EPOCHS = 8           # passes over the training data, 85 steps each. Try 1: 0.7-100%.
 # The run
 SEED = 0                 # weights, data, and sampling
@@ -206,10 +206,10 @@ class FeedForward(nn.Module):
 class KeyValueCache:
     """Stores one layer's keys and values of all tokens so far, so that each is computed only once.
 
-    Later tokens never change an earlier key or value. In layer 1, a key depends on its own token
-    only. Under the causal mask, the layer's output at a position depends on that position and the
-    ones before it, so the same holds for the keys of layer 2, and of every layer after it. So each
-    step after the prompt sends only the newest token through the layers.
+    Later tokens never change an earlier key or value. In the first layer, a key depends on its own
+    token only. Under the causal mask, the layer's output at a position depends on that position and
+    the ones before it, so the same holds for the keys of the second layer, and of every layer after
+    it. So each step after the prompt sends only the newest token through the layers.
 
     The price is memory: 2 * D numbers per token per layer. In LLaMA 7B (D = 4096, 32 layers, 16
     bits) that is 512 KiB per token. The cache is allocated up front, because growing it with
@@ -299,7 +299,7 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None):
         # subtle: a token stays if those *before* it sum to less than p. So the first always stays.
         before = probabilities.cumsum(-1) - probabilities
         ordered[before >= top_p] = -math.inf
-    return ordered.scatter(-1, order, ordered)  # back in vocabulary order
+    return ordered.scatter(-1, order, ordered)  # undo the sort: ordered[i] goes to token order[i]
 
 
 def choose_next_token(logits, generated, temperature=0.0, top_k=None, top_p=None,
@@ -404,6 +404,7 @@ class DecoderOnlyTransformer(BaseModel):
             positions    0     0     0     1      2      3      4
                          0     1     2     3      4      5      6
         """
+        # The last new token is never an input, so it needs no position.
         self.check_input(prompts, max_new_tokens - 1, max_new_tokens=max_new_tokens,
                          temperature=temperature, top_k=top_k, top_p=top_p,
                          repetition_penalty=repetition_penalty)
@@ -416,7 +417,7 @@ class DecoderOnlyTransformer(BaseModel):
         positions = self.positions_of(tokens)
         caches = [layer.self_attention.new_cache(*tokens.shape)
                   for layer in self.layers] if use_cache else None
-        with self.evaluation_mode():
+        with self.evaluation_mode():  # without dropout
             for end in range(n, n + max_new_tokens):
                 past = caches[0].length if use_cache else 0  # send only what is not cached yet
                 hidden, _ = self.run_decoder(
@@ -477,7 +478,7 @@ def train_epoch(model, loader, optimizer, scheduler, clip_norm, loss_function=co
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # one odd batch cannot do much harm
         optimizer.step()
-        scheduler.step()
+        scheduler.step()  # the learning rate of the next step
         total += loss.item()
     return total / len(loader)
 
@@ -570,7 +571,7 @@ def show_attention(model, digits):
 
 # --- 8. The run -----------------------------------------------------------------------
 def main():
-    device = prepare(globals())
+    device = prepare(globals())  # checks the constants, sets the seed
     train_loader, val_loader = create_dataloaders(NUM_SAMPLES, MAX_DIGITS, BATCH_SIZE, SEED)
     model = DecoderOnlyTransformer(len(VOCABULARY), D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF,
                                    DROPOUT).to(device)
@@ -587,7 +588,7 @@ def main():
         result = evaluate(model, val_loader)
         print(f"  epoch {epoch:2d}   train loss {train_loss:.4f}   "
               f"validation loss {result['loss']:.4f}   exact match {result['exact_match']:6.1%}")
-    save_model(model, "decoder_only.pt", result["exact_match"], globals())
+    save_model(model, "decoder_only.pt", result["exact_match"], globals())  # with the constants
     digits = [digits for digits, _, _ in result["examples"]]
     same = translate(model, digits, use_cache=False) == translate(model, digits)
     print(f"  with and without the cache, it gives the same answers: {same}")

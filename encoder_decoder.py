@@ -65,7 +65,7 @@ MAX_DIGITS = 5           # longest sequence
 BATCH_SIZE = 64          # sequences per step
 LEARNING_RATE = 3e-3     # at its peak. Try 3e-2: 0-6.8%.
 WARMUP_STEPS = 40        # steps over which the learning rate rises to its peak
-CLIP_NORM = 1.0          # maximum norm of the gradient
+CLIP_NORM = 1.0          # a longer gradient is shortened to this length
 NUM_EPOCHS = 6           # passes over the training data, 85 steps each. Try 1: 99.8-100%.
 # Beam search
 UNDERTRAINED_STEPS = 50  # the trained model leaves nothing to search for, so train another briefly
@@ -554,7 +554,7 @@ def train_epoch(model, loader, optimizer, scheduler, clip_norm, loss_function=co
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # one odd batch cannot do much harm
         optimizer.step()
-        scheduler.step()
+        scheduler.step()  # the learning rate of the next step
         total += loss.item()
     return total / len(loader)
 

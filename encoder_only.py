@@ -59,7 +59,7 @@ D_MODEL = 64             # size of a token's vector
 NUM_HEADS = 4            # must divide D_MODEL
 NUM_LAYERS = 2           # number of layers. Try 1: 9.3-48.4%.
 D_FF = 256               # hidden size of the feed-forward network
-DROPOUT = 0.0            # fraction of activations set to 0 in training. Try 0.3: 24-91.3%.
+DROPOUT = 0.0            # fraction of numbers set to 0 at random in training. Try 0.3: 24-91.3%.
 # The task
 NUM_SAMPLES = 6000       # distinct sequences, training plus validation
 MAX_DIGITS = 5           # longest sequence
@@ -70,7 +70,7 @@ RANDOM_SHARE = 0.1       # fraction that become a random token; the rest are unc
 BATCH_SIZE = 64          # sequences per step
 LEARNING_RATE = 3e-3     # at its peak. Try 1e-4: 0.7-22.8%.
 WARMUP_STEPS = 40        # steps over which the learning rate rises to its peak
-CLIP_NORM = 1.0          # maximum norm of the gradient
+CLIP_NORM = 1.0          # a longer gradient is shortened to this length
 NUM_EPOCHS = 8           # passes over the training data, 85 steps each. Try 2: 90.3-100%.
 FINETUNE_EPOCHS = 4      # passes in fine-tuning
 FINETUNE_LEARNING_RATE = 1e-3
@@ -344,7 +344,7 @@ def train_epoch(model, loader, optimizer, scheduler, clip_norm, loss_function=co
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)  # one odd batch cannot do much harm
         optimizer.step()
-        scheduler.step()
+        scheduler.step()  # the learning rate of the next step
         total += loss.item()
     return total / len(loader)
 

@@ -65,13 +65,13 @@ def generate(model, tokens, count):  # append the most likely next token, `count
     return tokens
 
 model = GPT()
-optimizer = torch.optim.AdamW(model.parameters())
+optimizer = torch.optim.AdamW(model.parameters())  # gradient descent, with a step size per weight
 for step in range(1, STEPS + 1):
-    optimizer.param_groups[0]["lr"] = 2e-3 * min(1, step / 40) * (1 - step / STEPS)  # up, then down
+    optimizer.param_groups[0]["lr"] = 2e-3 * min(1, step / 40) * (1 - step / STEPS)  # warm up, decay
     numbers = random.choice(NUMBERS)  # one length per step, so that no row needs padding
     batch = random.choices(numbers[len(numbers) // 10:], k=ROWS)
     rows, n = torch.tensor([encode(number) for number in batch]), len(batch[0])
-    logits = model(rows[:, :-1])[:, n:]  # what it predicts at `= four zero seven`
+    logits = model(rows[:, :-1])[:, n:]  # its scores at `= four zero seven`
     loss = F.cross_entropy(logits.flatten(0, 1), rows[:, n + 1:].flatten())  # four zero seven .
     optimizer.zero_grad()
     loss.backward()

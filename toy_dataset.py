@@ -176,7 +176,10 @@ class NumberTranslationDataset(Dataset):
         return self.items[index]
 
     def split(self, validation_share):
-        """Return two disjoint lists of indices, (training, validation), both ordered by length."""
+        """Return two disjoint lists of indices, (training, validation), both ordered by length.
+
+        So a batch for validation, which is not shuffled, has sequences of similar length.
+        """
         order = sorted(range(len(self)), key=lambda i: len(self.items[i]["digits"]))
         held_out = [is_held_out(self.items[i]["digits"], validation_share) for i in order]
         return ([i for i, out in zip(order, held_out) if not out],
@@ -267,7 +270,7 @@ def to_device(batch, device):
 
 def create_dataloaders(num_samples=6000, max_digits=5, batch_size=64, seed=0, validation_share=0.1):
     """Return (training, validation) loaders over disjoint sequences. Only the first shuffles."""
-    check(**locals())
+    check(**locals())  # one clear line for an argument that cannot work
     dataset = NumberTranslationDataset(num_samples, max_digits, seed)
     training, validation = dataset.split(validation_share)
     if not validation or not training:
@@ -280,6 +283,7 @@ def create_dataloaders(num_samples=6000, max_digits=5, batch_size=64, seed=0, va
     # training.
     train_loader = DataLoader(Subset(dataset, training), batch_size, shuffle=True,
                               collate_fn=collate_fn, generator=torch.Generator().manual_seed(seed))
+    # Without gradients, larger batches fit in memory.
     val_loader = DataLoader(Subset(dataset, validation), 4 * batch_size, collate_fn=collate_fn,
                             generator=torch.Generator().manual_seed(seed))
     return train_loader, val_loader

@@ -3,7 +3,8 @@
     python tests/measure_tries.py         the "Try" comments of the architecture scripts, and the
                                           constants of the guide's table 11.1 (about 10 minutes)
     python tests/measure_tries.py NAME    an experiment: break_it (every change of that page, 10
-                                          minutes), fine_tuning, few_sequences, one_layer, ablations
+                                          minutes), fine_tuning, few_sequences, one_layer,
+                                          ablations, warmup
 
 It prints each measured range next to the claimed range, then the number of wrong claims: those
 that miss the measured range by more than TOLERANCE. Not collected by pytest.
@@ -142,7 +143,8 @@ def fine_tuning():
             items = random.Random(seed).sample(list(train_loader.dataset), labeled)
             trials = [("pretrained", model, 340), ("from scratch", None, 1020)]
             if labeled == 5000:
-                trials += [("pretrained", model, 1020), ("from scratch", None, 3000)]
+                trials += [("pretrained", model, 1020), ("from scratch", None, 3000),
+                           ("from scratch, rate 3e-3", None, 1020)]
             for title, encoder, steps in trials:
                 loader = DataLoader(
                     [items[i % labeled] for i in range(64 * steps)],
@@ -150,11 +152,12 @@ def fine_tuning():
                     collate_fn=train_loader.collate_fn,
                 )
                 start = encoder or script.EncoderOnlyTransformer()
-                score = script.fine_tune(start, loader, val_loader, 1, 1e-3, 40, 1.0)[-1]
+                rate = 3e-3 if "3e-3" in title else 1e-3
+                score = script.fine_tune(start, loader, val_loader, 1, rate, 40, 1.0)[-1]
                 scores.setdefault((labeled, title, steps), []).append(score)
-    print("labeled rows   encoder         steps   correct, % (SEED 0-2)")
+    print("labeled sequences   encoder                  steps   correct, % (SEED 0-2)")
     for (labeled, title, steps), values in scores.items():
-        print(f"{labeled:12d}   {title:14s} {steps:6d}   {percent(values)}", flush=True)
+        print(f"{labeled:17d}   {title:23s} {steps:6d}   {percent(values)}", flush=True)
 
 
 def few_sequences():
@@ -269,9 +272,42 @@ def ablations():
             print(f"{title:38s} {num_layers:5d}   {percent(scores)}", flush=True)
 
 
+def warmup():
+    """Exact match of eight layers, with and without warmup. Do Adam's averages explain it?"""
+    import compare_architectures as compare
+    import torch
+    from torch import nn
+    from toy_dataset import exact_match
+    from training import check_finite, lr_factor
+
+    print("eight layers, peak 3e-3 unless stated                  exact match, % (SEED 0-4)")
+    for title, warmup_steps, still_steps, peak in (
+            ("40 steps of warmup", 40, 0, 3e-3), ("no warmup", 0, 0, 3e-3),
+            ("no warmup; first 80 batches at rate 0", 0, 80, 3e-3),
+            ("no warmup, peak 1e-3", 0, 0, 1e-3)):
+        scores = []
+        for seed in SEEDS:
+            compare.SEED = seed
+            digits, words = compare.held_out_sequences()
+            model, loader = compare.new_model("decoder-only", num_layers=8), compare.loaders()[0]
+            optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01)
+            batches = (batch for _ in range(99) for batch in loader)
+            for step in range(-still_steps, 250):  # before step 0, only Adam's averages change
+                factor = lr_factor(step, 250, warmup_steps) if step >= 0 else 0.0
+                optimizer.param_groups[0]["lr"] = peak * factor
+                loss = compare.decoder_only.compute_loss(model, next(batches))
+                check_finite(loss.item(), f"at step {step}")
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+            scores.append(exact_match(compare.decoder_only.translate(model, digits), words))
+        print(f"{title:54s} {percent(scores)}", flush=True)
+
+
 def main():
     experiments = {f.__name__: f for f in (
-        break_it, fine_tuning, few_sequences, one_layer, ablations)}
+        break_it, fine_tuning, few_sequences, one_layer, ablations, warmup)}
     if not sys.argv[1:]:
         sys.exit(check_claims() > 0)
     import torch

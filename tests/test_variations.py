@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import MistralConfig, MistralForCausalLM
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention
 from transformers.models.wav2vec2_bert.configuration_wav2vec2_bert import Wav2Vec2BertConfig
 from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertSelfAttention
 
@@ -273,6 +275,29 @@ def test_latent_attention_equals_pytorch_on_expanded_keys_and_values():
     expected = F.scaled_dot_product_attention(*heads, is_causal=True)
     for layer.absorbed in (False, True):
         close(layer(x, x, causal_mask(7, 7))[0], layer.w_o(expected.transpose(1, 2).flatten(2)))
+
+
+@torch.no_grad()
+def test_latent_attention_equals_that_of_deepseek_v2_without_its_norm_and_rotary_key():
+    """Their two rotary dimensions get queries of 0, which still count in their sqrt(K + 2)."""
+    ours = random_model(CHANGES["latent"]).layers[0].self_attention  # latents of 5
+    ours.w_q.bias.zero_(), ours.w_o.bias.zero_()  # theirs has no biases
+    theirs = DeepseekV2Attention(DeepseekV2Config(
+        hidden_size=D, num_attention_heads=H, num_key_value_heads=H, q_lora_rank=None,
+        kv_lora_rank=5, qk_nope_head_dim=K, qk_rope_head_dim=2, v_head_dim=K,
+        attn_implementation="sdpa"), 0).double()
+    theirs.kv_a_layernorm = nn.Identity()
+    q, k, v = (layer.weight.view(H, K, -1) for layer in (ours.w_q, ours.w_k, ours.w_v))
+    q = torch.cat([q * ((K + 2) / K) ** 0.5, torch.zeros(H, 2, D)], 1)
+    theirs.q_proj.weight.copy_(q.flatten(0, 1))
+    theirs.kv_a_proj_with_mqa.weight.copy_(torch.cat([ours.compress.weight, torch.randn(2, D)]))
+    theirs.kv_b_proj.weight.copy_(torch.cat([k, v], 1).flatten(0, 1))
+    theirs.o_proj.weight.copy_(ours.w_o.weight)
+    x, mask = torch.randn(3, 7, D).double(), causal_mask(7, 7) & REAL[:, None, None]
+    angles = torch.polar(torch.ones(1, 7, 1), torch.arange(7.0)[None, :, None]).to(torch.complex128)
+    expected = theirs(x, attention_mask=mask, position_embeddings=angles)[0]
+    for ours.absorbed in (False, True):
+        close(ours(x, x, mask)[0][REAL], expected[REAL])
 
 
 COLUMNS = torch.arange(13)

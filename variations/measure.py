@@ -2,8 +2,8 @@
 measure.py - what the variations share: replacing a part, training, checks, and scores
 
 A variation builds a model of the base scripts, replaces one part, checks what must hold, and trains
-the base and the variation in the same run, with the data and the recipe of decoder_only.py. Import this file first: it
-makes the base scripts importable.
+the base and the variation in the same run, with the data and the recipe of decoder_only.py. Import
+this file first: it makes the base scripts importable.
 """
 import sys
 from pathlib import Path
