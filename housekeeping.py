@@ -171,6 +171,8 @@ class BaseModel(nn.Module):
             model = cls(**saved["arguments"]).to(device).eval()
             model.load_state_dict(saved["weights"])
             model.notes = saved["notes"]
+            if not all(w.equal(saved["weights"][k]) for k, w in model.state_dict().items()):
+                raise ValueError("it contains NaN, or tied weights that differ")
         except FileNotFoundError:
             raise InputError(f"no {path.name} in {path.parent.name}/: run the script of that name "
                              "first") from None

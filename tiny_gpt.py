@@ -67,7 +67,7 @@ def generate(model, tokens, count):  # append the most likely next token, `count
 model = GPT()
 optimizer = torch.optim.AdamW(model.parameters())  # gradient descent, with a step size per weight
 for step in range(1, STEPS + 1):
-    optimizer.param_groups[0]["lr"] = 2e-3 * min(1, step / 40) * (1 - step / STEPS)  # warm up, decay
+    optimizer.param_groups[0]["lr"] = 2e-3 * min(1, step / 40) * (1 - step / STEPS)  # warmup, decay
     numbers = random.choice(NUMBERS)  # one length per step, so that no row needs padding
     batch = random.choices(numbers[len(numbers) // 10:], k=ROWS)
     rows, n = torch.tensor([encode(number) for number in batch]), len(batch[0])

@@ -446,7 +446,9 @@ DAMAGE = {
     "another class": inside(lambda saved, _: saved.update(architecture="DecoderOnlyTransformer")),
     "another size": inside(lambda saved, _: saved["arguments"].update(d_model=24)),
     "a missing weight": inside(lambda saved, weights: weights.pop("final_norm.bias")),
-    "another weight": inside(lambda saved, weights: weights.update(more=torch.zeros(1)))}
+    "another weight": inside(lambda saved, weights: weights.update(more=torch.zeros(1))),
+    "NaN": inside(lambda saved, weights: weights["final_norm.bias"].fill_(math.nan)),
+    "untied": inside(lambda _, weights: weights.update({"output.weight": torch.ones(26, 12)}))}
 
 
 @pytest.fixture
