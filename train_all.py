@@ -257,10 +257,10 @@ def evaluate(script, name, model, val_loader, record, per_epoch):
 def build(name, device):
     """Return a new model, with the constants under "Speed and memory" applied, AdamW, and scaler.
 
-    Weight decay pulls matrices toward 0. It is not applied to the gains of norms, which should stay
-    near 1, or to biases, which have no preferred size. AdamW applies the decay directly to the
-    weights. In plain Adam it is added to the gradient, and the adaptive scaling distorts it
-    (Loshchilov and Hutter 2019).
+    Weight decay pulls matrices toward 0, the embedding included. It is not applied to the gains of
+    norms, which should stay near 1, or to biases, which have no preferred size. AdamW applies the
+    decay directly to the weights. In plain Adam it is added to the gradient, and the adaptive
+    scaling distorts it (Loshchilov and Hutter 2019).
     """
     torch.manual_seed(SEED)
     model = ARCHITECTURES[name][1](len(VOCABULARY), D_MODEL, NUM_HEADS, NUM_LAYERS, D_FF, DROPOUT)

@@ -32,9 +32,10 @@ from toy_dataset import IGNORE_INDEX, exact_match, to_device
 def lr_factor(step, total_steps, warmup_steps, final_factor=0.05):
     """Return the factor for the learning rate at `step`: linear warmup, then cosine decay.
 
-    Adam divides an average of the gradients by an average of their size. Warmup (Vaswani et al.
-    2017, section 5.3) keeps the steps small while these averages rest on only a few gradients (Liu
-    et al. 2020, RAdam). Decay (Loshchilov and Hutter 2017) lets the model get closer to a minimum.
+    Warmup (Vaswani et al. 2017, section 5.3) keeps the first steps small. Why? Adam's averages then
+    rest on only a few gradients (Liu et al. 2020, RAdam). But better averages alone do not replace
+    it here (guide/training.md): it lets a higher rate be used (Kalra and Barkeshli 2024). Decay
+    (Loshchilov and Hutter 2017) lets the model get closer to a minimum.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps  # never 0, which would waste the first step

@@ -3,8 +3,8 @@ modern_decoder.py - from the GPT-2 block to that of today's open models, in six 
 
 THE IDEA.  The base is built like GPT-2 (2019). Llama 3 and Mistral 7B still have attention and a
 feed-forward network, in the same order, but six things have changed since. (Others differ in
-details: Qwen2 keeps some biases, and small models often tie the output.) Each step changes one thing
-in the model before it:
+details: Qwen2 keeps some biases, and small models often tie the output.) Each step changes one
+thing in the model before it:
 
     1  RMSNorm          no mean, no shift: x / sqrt(mean(x^2)) * gain       Zhang and Sennrich 2019
     2  no biases        in any linear layer                                  T5, PaLM
@@ -15,8 +15,8 @@ in the model before it:
 
 The hidden size of the feed-forward network is chosen so that all models have the same number of
 parameters, within 1%. The last model computes the same as LlamaForCausalLM of transformers, except
-that the rows of w_q and w_k are in another order and that the embedding is scaled by sqrt(D). A test
-copies the weights and compares logits and generated tokens.
+that the rows of w_q and w_k are in another order and that the embedding is scaled by sqrt(D). A
+test copies the weights and compares logits and generated tokens.
 
 Run it:     python variations/modern_decoder.py        (about 20 seconds on one CPU core)
 """

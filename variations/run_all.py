@@ -1,7 +1,7 @@
 """
 run_all.py - run every variation and print one table
 
-Run it:     python variations/run_all.py        (about 2 minutes on one CPU core)
+Run it:     python variations/run_all.py        (about 3 minutes on one CPU core)
 
 Each variation prints its checks and its measurements, as it does when run alone. The table at the
 end compares each with the base, measured in the same run. To keep the run to a few minutes, it uses

@@ -13,8 +13,8 @@ used again, so the cache can drop them: its memory is constant, however long the
               . . . # # #
 
 After L layers, a vector can depend on tokens up to L (w - 1) positions back, because each layer
-adds w - 1. The first Mistral 7B used a window in every layer, Gemma 2 uses one in every other layer,
-and Gemma 3 in five of six.
+adds w - 1. The first Mistral 7B used a window in every layer, Gemma 2 uses one in every other
+layer, and Gemma 3 in five of six.
 
 Run it:     python variations/sliding_window.py        (about 15 seconds on one CPU core)
 """
