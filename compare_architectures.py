@@ -249,6 +249,7 @@ def cache_bytes(name, model, source_length, num_tokens):
 
 
 def show_costs(models, digits):
+    """Print what each costs. The surprise: six passes need no more arithmetic than one."""
     print("\n4. What each costs")
     for name, model in models.items():
         counts = parameters_by_component(model)
@@ -319,6 +320,7 @@ def show_words_to_digits(models, digits, words):
 
 
 def show_longer_inputs(models):
+    """Print the scores beyond the training lengths: 100%, and then nothing."""
     print("  longer than in training (all but the first column): exact match on 100 inputs each")
     generator = torch.Generator().manual_seed(SEED)
     lengths = range(MAX_DIGITS, MAX_DIGITS + 4)
@@ -342,6 +344,7 @@ def show_longer_inputs(models):
 
 
 def show_limits(models):
+    """Print what each model does with tasks and inputs that it was not trained for."""
     print("\n5. What each can and cannot do")
     digits, words = held_out_sequences()
     show_words_to_digits(models, digits, words)
@@ -369,6 +372,7 @@ def undertrained_steps(name):
 
 
 def show_generation(undertrained):
+    """Print what each strategy makes of models that still make mistakes."""
     digits, words = held_out_sequences()
     print(f"\n6. How to generate: undertrained models of section 2, on {len(digits)} held-out "
           "sequences")

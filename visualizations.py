@@ -131,6 +131,7 @@ def load_models():
 
 # --- Positions ------------------------------------------------------------------------
 def positional_encoding_heatmap():
+    """Look at one row: it is the vector of one position. No two rows are equal."""
     table = encoder_only.PositionalEncoding(64, 64).table  # (64, D)
     figure, axis = plt.subplots(figsize=(8, 4.2))
     image = axis.imshow(table, aspect="auto", vmin=-1, vmax=1)
@@ -141,6 +142,7 @@ def positional_encoding_heatmap():
 
 
 def positional_distance():
+    """The surprise: from every position, the curve of similarity is the same."""
     table = encoder_only.PositionalEncoding(64, 64).table  # (64, D)
     products = table @ table.T / 32  # (64, 64), 1 on the diagonal
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.8))
@@ -179,6 +181,7 @@ def mask_legend(figure):
 
 
 def masks():
+    """Look at the light columns: padding is masked as a key, for every query."""
     batch = collate_fn([make_item(["4", "0", "7"]), make_item(["9"])])
     padding = batch["decoder_mask"][1, 0]  # (1, T), the short row
     length = padding.size(1)
@@ -197,6 +200,7 @@ def masks():
 
 
 def who_sees_whom():
+    """The whole difference between the three, apart from what they are trained to predict."""
     pair, target = "4 0 7 <SEP> four zero seven".split(), "<SOS> four zero seven".split()
     causal = decoder_only.causal_mask(7, 7)[0, 0]
     both = torch.cat([torch.ones(4, 3, dtype=torch.bool),
@@ -283,6 +287,7 @@ def diagram(width, height, figsize):
 
 
 def architecture_single():
+    """Compare the two: the boxes are the same, and only the mask and the prediction differ."""
     for name, title, tokens, attention, predicts, length in (
             ("encoder_only", "Encoder-only: all positions attend to all positions",
              "4 0 7 <SEP> four <MASK> seven", "self-attention, padding mask",
@@ -297,6 +302,7 @@ def architecture_single():
 
 
 def architecture_encoder_decoder():
+    """Follow the red line: all decoder layers read the encoder's last output."""
     figure, axis = diagram(10.8, 10.6, (8, 8.2))
     memory = draw_tower(axis, 2.6, "4 0 7", [
         ("self-attention, padding mask", SOFT["attention"]), ("feed-forward", SOFT["ff"])], "S")
@@ -317,6 +323,7 @@ def architecture_encoder_decoder():
 
 # --- Numbers about the models ---------------------------------------------------------
 def parameters(models):
+    """The surprise: attention has fewer than half of the weights."""
     components = ["self-attention", "cross-attention", "feed-forward",
                   "embedding (tied with output)", "layer norms", "output bias"]
     colors = [BLUE, ORANGE, GREEN, RED, GRAY, "black"]
@@ -340,6 +347,7 @@ def parameters(models):
 
 
 def softmax_scaling():
+    """Look at K = 1024: without the division, a softmax over 16 keys is nearly one-hot."""
     generator = torch.Generator().manual_seed(SEED)
     widths = [4, 16, 64, 256, 1024]
     largest = {True: [], False: []}
@@ -364,6 +372,7 @@ def softmax_scaling():
 # --- Choosing tokens ------------------------------------------------------------------
 @torch.inference_mode()
 def sampling_strategies(undertrained):
+    """Compare the number of tokens left: top_k fixes it, top_p does not."""
     model = undertrained["decoder-only"]
     prefix = [*SENTENCE.split(), "<SEP>"]
     logits = model(torch.tensor([VOCABULARY.encode(prefix)]))[:, -1]  # (1, V)
@@ -386,6 +395,7 @@ def sampling_strategies(undertrained):
 
 
 def beam_search_tree(undertrained):
+    """Find a step at which the best path is not on top: there, greedy generation fails."""
     model = undertrained["encoder-decoder"]
     val_loader = create_dataloaders(seed=SEED)[1]
     examples = encoder_decoder.evaluate(model, val_loader)["examples"]
@@ -421,6 +431,7 @@ def beam_search_tree(undertrained):
 
 # --- Training -------------------------------------------------------------------------
 def learning_rate():
+    """The first rate is not 0, or the first step would be lost. The last one is not 0 either."""
     peak, low = train_all.LEARNING_RATE, train_all.MIN_LEARNING_RATE
     warmup = train_all.WARMUP_STEPS
     total = train_all.NUM_EPOCHS * train_all.steps_per_epoch(6950)
@@ -454,6 +465,7 @@ def curves_of_last_run():
 
 
 def learning_curves(curves):
+    """The loss falls smoothly, while exact match jumps: one wrong token costs the whole answer."""
     read = curves_of_last_run()
     source = "small models, trained here" if read is None else "the last run of train_all.py"
     if read is None:
@@ -511,6 +523,7 @@ def attention_weights(models, digits):
 
 
 def attention_figures(models, origins):
+    """Compare the layers: one head of the last layer is enough to see the rule."""
     digits = SENTENCE.split()
     weights = attention_weights(models, digits)
     n = len(digits)
@@ -527,6 +540,7 @@ def attention_figures(models, origins):
 
 @torch.inference_mode()
 def cross_attention_alignment(models, origins):
+    """Look at the last row: at <EOS>, there is no digit left to read."""
     digits = SENTENCE.split()
     written, weights = encoder_decoder.cross_attention(models["encoder-decoder"], digits)
     diagonal = weights[:, :, :len(digits)].diagonal(dim1=-2, dim2=-1).mean(-1)  # (layers, H)
@@ -548,6 +562,7 @@ def cross_attention_alignment(models, origins):
 
 # --- The cache, and embeddings --------------------------------------------------------
 def key_value_cache():
+    """Without the cache, the curve bends upward, because every token is computed again."""
     lengths = [16, 32, 64, 128, 192, 256]
     torch.manual_seed(SEED)
     model = decoder_only.DecoderOnlyTransformer(d_model=D_MODEL, num_heads=NUM_HEADS, d_ff=D_FF,
@@ -567,6 +582,7 @@ def key_value_cache():
 
 @torch.no_grad()
 def embedding_similarity(models, origins):
+    """Look for a diagonal: do a digit and its word get similar vectors?"""
     trained = models["encoder-decoder"]
     torch.manual_seed(SEED)
     untrained = type(trained)(**trained.arguments)
@@ -609,6 +625,7 @@ def draw_links(axis, title, inputs, outputs, allowed, weights, color):
 
 @torch.inference_mode()
 def three_models(models):
+    """The front page: which digit does each word come from?"""
     digits, n = ["4", "0", "7"], 3
     weights = attention_weights(models, digits)
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))

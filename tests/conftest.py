@@ -24,16 +24,11 @@ from housekeeping import run_script
 from toy_dataset import EOS
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {
-    "encoder_only": encoder_only,
-    "decoder_only": decoder_only,
-    "encoder_decoder": encoder_decoder,
-}
-MODELS = {
-    "encoder_only": encoder_only.EncoderOnlyTransformer,
-    "decoder_only": decoder_only.DecoderOnlyTransformer,
-    "encoder_decoder": encoder_decoder.EncoderDecoderTransformer,
-}
+SCRIPTS = {"encoder_only": encoder_only, "decoder_only": decoder_only,
+           "encoder_decoder": encoder_decoder}
+MODELS = {"encoder_only": encoder_only.EncoderOnlyTransformer,
+          "decoder_only": decoder_only.DecoderOnlyTransformer,
+          "encoder_decoder": encoder_decoder.EncoderDecoderTransformer}
 
 
 @pytest.fixture(autouse=True)
@@ -49,15 +44,8 @@ def random_model(name, **arguments):
     tied weights, the token just read is the most likely. In both cases, a test could not tell a
     correct choice from a wrong one.
     """
-    options = {
-        "d_model": 16,
-        "num_heads": 2,
-        "num_layers": 2,
-        "d_ff": 32,
-        "max_len": 64,
-        **arguments,
-    }
-    model = MODELS[name](**options).double().eval()
+    options = {"d_model": 16, "num_heads": 2, "num_layers": 2, "d_ff": 32, "max_len": 64}
+    model = MODELS[name](**{**options, **arguments}).double().eval()
     with torch.no_grad():
         model.embedding.weight.normal_(std=0.6)
         model.output.weight = torch.nn.Parameter(torch.randn_like(model.embedding.weight))
@@ -120,26 +108,18 @@ class Workplace:
         path = self.folder / f"{script}.py"
         source = path.read_text(encoding="utf-8")
         for name, value in constants.items():
-            source, found = re.subn(
-                rf"^{name} = .*$", f"{name} = {value}", source, flags=re.MULTILINE
-            )
+            source, found = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value}", source)
             assert found == 1, f"{script}.py has no constant {name}"
         path.write_text(source, encoding="utf-8")
 
-    def run(self, script, *words, timeout=600, **environment):
+    def run(self, script, *words, timeout=3600, **environment):
         """Run a script as a user does, but with an ASCII-only console and no display."""
         env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
         env.update(PYTHONIOENCODING="ascii", **environment)
         return subprocess.run(
-            [sys.executable, f"{script}.py", *words],
-            cwd=self.folder,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            stdin=subprocess.DEVNULL,
-            preexec_fn=None if os.name == "nt" else obey_permissions,
-        )
+            [sys.executable, f"{script}.py", *words], cwd=self.folder, env=env, timeout=timeout,
+            capture_output=True, text=True, stdin=subprocess.DEVNULL,
+            preexec_fn=None if os.name == "nt" else obey_permissions)
 
 
 @functools.cache

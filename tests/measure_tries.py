@@ -57,22 +57,16 @@ def check_claims():
     """Run every claim with every seed, on all cores. Returns the number of wrong claims."""
     every, wrong = list(dict.fromkeys(claims())), 0
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = {
-            claim: [
-                pool.submit(final_exact_match, claim[0], {claim[1]: claim[2], "SEED": seed})
-                for seed in SEEDS
-            ]
-            for claim in every
-        }
+        runs = {claim: [pool.submit(final_exact_match, claim[0],
+                                    {claim[1]: claim[2], "SEED": seed}) for seed in SEEDS]
+                for claim in every}
         for (script, name, value, low, high), futures in runs.items():
             scores = sorted(future.result() for future in futures)
             right = low - TOLERANCE <= scores[0] and scores[-1] <= high + TOLERANCE
             wrong += not right
-            print(
-                f"{'ok   ' if right else 'WRONG'}  {script:16s} {name:16s} Try {value}: claimed "
-                f"{low:g}-{high:g}%, measured {scores[0]:g}-{scores[-1]:g}%   {scores}",
-                flush=True,
-            )
+            print(f"{'ok   ' if right else 'WRONG'}  {script:16s} {name:16s} Try {value}: claimed "
+                  f"{low:g}-{high:g}%, measured {scores[0]:g}-{scores[-1]:g}%   {scores}",
+                  flush=True)
     print(f"{wrong} of {len(every)} claims are wrong")
     return wrong
 
@@ -146,11 +140,8 @@ def fine_tuning():
                 trials += [("pretrained", model, 1020), ("from scratch", None, 3000),
                            ("from scratch, rate 3e-3", None, 1020)]
             for title, encoder, steps in trials:
-                loader = DataLoader(
-                    [items[i % labeled] for i in range(64 * steps)],
-                    64,
-                    collate_fn=train_loader.collate_fn,
-                )
+                loader = DataLoader([items[i % labeled] for i in range(64 * steps)], 64,
+                                    collate_fn=train_loader.collate_fn)
                 start = encoder or script.EncoderOnlyTransformer()
                 rate = 3e-3 if "3e-3" in title else 1e-3
                 score = script.fine_tune(start, loader, val_loader, 1, rate, 40, 1.0)[-1]
@@ -176,11 +167,8 @@ def few_sequences():
                 scores.append(exact_match(script.translate(model, digits), words))
                 if name != "encoder-only":
                     given.append(compare.exact_match_given_length(name, model, digits, words))
-            print(
-                f"{name:16s} {count:10d}   {percent(scores):>14s}   "
-                f"{percent(given) if given else 'always':>15s}",
-                flush=True,
-            )
+            print(f"{name:16s} {count:10d}   {percent(scores):>14s}   "
+                  f"{percent(given) if given else 'always':>15s}", flush=True)
 
 
 def one_layer():

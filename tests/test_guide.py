@@ -165,18 +165,16 @@ def test_every_variation_is_in_each_table_and_of_the_promised_shape():
         assert listed == files
     for name in files:
         text = (ROOT / "variations" / name).read_text(encoding="utf-8")
-        parts = [
+        places = [text.index(part) for part in (
             "THE IDEA.", "Run it:", "# CONSTANTS", "# --- The part", "# --- The check",
-            "# --- The measurement", "What this size cannot show"
-        ]  # fmt: skip
-        places = [text.index(part) for part in parts]
+            "# --- The measurement", "What this size cannot show")]
         assert places == sorted(places) and len(text.splitlines()) <= 200, name
 
 
 def test_every_figure_appears_once_with_alt_text():
     shown = re.findall(r"!\[([^\]]*)\]\((?:\.\./)?figures/(\w+\.png)\)", TEXT)
-    assert sorted(name for _, name in shown) == sorted(path.name
-                                                       for path in (ROOT / "figures").glob("*.png"))
+    files = [path.name for path in (ROOT / "figures").glob("*.png")]
+    assert sorted(name for _, name in shown) == sorted(files)
     assert all(len(text.split()) >= 3 for text, _ in shown)
 
 
@@ -186,8 +184,8 @@ def test_years_of_papers_match_their_addresses_and_citations_are_listed():
     for year, month in re.findall(
             r"(\d{4}), \[[^\]]+\]\(https://arxiv\.org/abs/(\d\d)\d\d\.\d{4,5}\)", text):
         assert 0 <= int(year) - (2000 + int(month)) <= 2
-    assert (len(re.findall(r"arxiv\.org/abs/\d{4}\.\d{4,5}\)", text)) == text.count("arxiv.org") >=
-            50)
+    addresses = re.findall(r"arxiv\.org/abs/\d{4}\.\d{4,5}\)", text)
+    assert len(addresses) == text.count("arxiv.org") >= 50
     # "Vaswani et al. 2017", "Zhang and Sennrich 2019", "Dao 2023"; other authors may be in between.
     cited = r"([A-Z][a-z]+)(?:,? et al\.|(?:, [A-Z][a-z]+)*,? and [A-Z][a-z]+)? ((?:19|20)\d\d)\b"
     listed = set(re.findall(cited, text))
@@ -245,8 +243,8 @@ def is_known(span):
     return all(part in names for part in parts)
 
 
-ELSEWHERE = {"attention_mask", "python", "torchrun", "passed", "scratch.py",
-             }  # Hugging Face's, shell's, pytest's, reader's
+# Hugging Face's, the shell's, pytest's, and the reader's own names
+ELSEWHERE = {"attention_mask", "python", "torchrun", "passed", "scratch.py"}
 
 
 def test_every_name_in_the_text_exists():
@@ -258,9 +256,8 @@ def test_every_name_in_the_text_exists():
 
 def test_every_name_attributed_to_a_file_is_defined_there():
     astray, seen = [], 0
-    pairs = [(file, names)
-             for names, file in re.findall(r"((?:`[^`]+`(?:, | and )?)+) in \[`(\w+\.py)`\]", PROSE)
-             ]
+    before = re.findall(r"((?:`[^`]+`(?:, | and )?)+) in \[`(\w+\.py)`\]", PROSE)
+    pairs = [(file, names) for names, file in before]
     pairs += re.findall(r"\[`(\w+\.py)`\]\((?:\.\./)?\w+\.py\), ((?:`[^`]+`(?:, )?)+)", PROSE)
     for file, names in pairs:
         defined = set()
@@ -323,15 +320,9 @@ def test_the_reference_tables_match_the_defaults_of_the_scripts():
     sizes = [sum(p.numel() for p in model().parameters()) for model in MODELS.values()]
     epochs = [script.NUM_EPOCHS for script in SCRIPTS.values()]
     steps = len(toy_dataset.create_dataloaders(batch_size=SCRIPTS["decoder_only"].BATCH_SIZE)[0])
-    for title, columns in (("Model", {
-            1: SCRIPTS.values()
-    }), ("Training", {
-            1: SCRIPTS.values(),
-            2: [train_all]
-    }), ("Inference", {
-            1: [SCRIPTS["encoder_decoder"]]
-    }),
-                           ):
+    for title, columns in (("Model", {1: SCRIPTS.values()}),
+                           ("Training", {1: SCRIPTS.values(), 2: [train_all]}),
+                           ("Inference", {1: [SCRIPTS["encoder_decoder"]]})):
         checked = 0
         for row in page.table_under(title).rows:
             name = re.search(r"`([A-Z][A-Z_]+)`", row[0])
@@ -349,14 +340,11 @@ def test_the_reference_tables_match_the_defaults_of_the_scripts():
     assert model["longest input"] == f"{MODELS['encoder_only']().arguments['max_len']}"
     assert model["parameters, reported"] == f"{min(sizes):,} to {max(sizes):,}"
     groups = train_all.steps_per_epoch(6950)
-    assert training["decay"] == [
-        f"cosine to {lowest:.0%}",
-        f"cosine to {train_all.MIN_LEARNING_RATE / train_all.LEARNING_RATE:.0%}",
-    ]
+    other = train_all.MIN_LEARNING_RATE / train_all.LEARNING_RATE
+    assert training["decay"] == [f"cosine to {lowest:.0%}", f"cosine to {other:.0%}"]
     assert training["length of training"] == [
         f"{min(epochs)} to {max(epochs)} epochs of {steps} steps",
-        f"{train_all.NUM_EPOCHS} epochs of {groups} steps",
-    ]
+        f"{train_all.NUM_EPOCHS} epochs of {groups} steps"]
     assert training["betas"][0] == ", ".join(map(str, adam.defaults["betas"]))
     assert training["weight decay (`WEIGHT_DECAY`)"][0] == f"{adam.defaults['weight_decay']}"
     rows = f"{train_all.ACCUMULATION_STEPS} * {train_all.BATCH_SIZE} rows"
@@ -366,15 +354,11 @@ def test_the_reference_tables_match_the_defaults_of_the_scripts():
 # --- every number has a source ---------------------------------------------------------
 def test_every_numeric_table_names_its_source():
     for table in TABLES:
-        numeric = [
-            c for c in range(len(table.header)) if any(
-                re.fullmatch(NUMBER, row[c]) for row in table.rows)
-        ]
+        numeric = [column for column in range(len(table.header))
+                   if any(re.fullmatch(NUMBER, row[column]) for row in table.rows)]
         if not numeric or {"minutes", "it answers"} & set(table.header):
             continue  # estimates that add up (above), and tests/measure_tries.py break_it
-        assert re.match(r"Printed by `python |Sources: |Measured by|Times are those",
-                        table.caption), (table.page, table.first,
-                                         )
+        assert re.match("Printed by `python |Sources: |Measured by", table.caption), table
         if table in MEASURED:
             for column in numeric:
                 assert re.search(r"\((±[\d.]+|~)\)$", table.header[column]), table.header[column]
@@ -394,19 +378,15 @@ def test_every_percentage_and_time_in_the_text_names_its_source():
     source = (
         r"python \w+\.py|python -m|\.py`|\]\([\w/.]*#|(?:19|20)\d\d|`test_|`[A-Z_]+`|`[A-Z_]+ = "
         r"|[Ff]igure|[Pp]rinted|[Mm]easured|tables? above")
-    bare = [
-        (page.name, text) for page in PAGES.values() for text in paragraphs(page)
-        if re.search(r"\d ?%|\d (?:seconds|ms|minutes)\b", text) and not re.search(source, text)
-    ]
-    assert not bare
+    assert not [(page.name, text) for page in PAGES.values() for text in paragraphs(page)
+                if re.search(r"\d ?%|\d (?:seconds|ms|minutes)\b", text)
+                and not re.search(source, text)]
 
 
 def test_numbers_in_the_text_match_the_code():
     training, validation = (len(loader.dataset) for loader in toy_dataset.create_dataloaders())
-    ablations = {
-        row[0]: row[1]
-        for row in next(t for t in MEASURED if "7. Ablations" in t.caption).rows
-    }
+    table = next(table for table in MEASURED if "7. Ablations" in table.caption)
+    ablations = {row[0]: row[1] for row in table.rows}
     scripts = "".join((ROOT / f"{script}.py").read_text(encoding="utf-8") for script in SCRIPTS)
     unscaled = re.findall(r"training ends at ([\d.]+)(?:-([\d.]+))?%",
                           re.sub(r"[\s#]+", " ", scripts))
@@ -466,26 +446,18 @@ def test_every_command_in_the_text_exists(command):
 
 
 def test_ci_runs_the_two_setup_commands_of_the_readme():
-    words = set(
-        re.findall(r"readme_command (\w+)", (ROOT / ".ci" / "run").read_text(encoding="utf-8")))
-    first = {
-        word: next(line.strip() for line in FRONT.lines if re.match(rf"    python .*{word}", line))
-        for word in words
-    }
-    assert first == {
+    run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert {word: next(line.strip() for line in FRONT.lines
+                       if re.match(rf"    python .*{word}", line))
+            for word in re.findall(r"readme_command (\w+)", run)} == {
         "quick_start": "python -m pip install -r requirements.txt && python quick_start.py",
-        "pytest": "python -m pip install -r requirements-dev.txt && python -m pytest -n auto",
-    }
+        "pytest": "python -m pip install -r requirements-dev.txt && python -m pytest -n auto"}
 
 
 @pytest.mark.parametrize("command", sorted(c for c in COMMANDS if " -c " in c))
 def test_a_short_command_runs(command, workplace):
-    done = subprocess.run([sys.executable, *shlex.split(command)[1:]],
-                          cwd=workplace.folder,
-                          capture_output=True,
-                          text=True,
-                          timeout=300,
-                          )
+    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=workplace.folder,
+                          capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr
 
 
@@ -521,29 +493,24 @@ print(json.dumps(printed))
 def printed_by_snippets():
     """The output of each snippet in a folder where quick_start.py has run."""
     place, _ = finished("quick_start")
-    done = subprocess.run([sys.executable, "-c", RUNNER],
-                          cwd=place.folder,
-                          capture_output=True,
-                          text=True,
-                          timeout=300,
-                          input=json.dumps([code for _, code, _ in SNIPPETS]),
-                          )
+    done = subprocess.run([sys.executable, "-c", RUNNER], cwd=place.folder, capture_output=True,
+                          text=True, timeout=3600,
+                          input=json.dumps([code for _, code, _ in SNIPPETS]))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_every_snippet_is_followed_by_its_output():
     for page in CHAPTERS:
-        for (_, language, content), (_, after, _) in zip(page.blocks,
-                                                         [*page.blocks[1:], (0, "", "")]):
+        following = [*page.blocks[1:], (0, "", "")]
+        for (_, language, content), (_, after, _) in zip(page.blocks, following):
             assert language in ("python", "text", "diff"), (page.name, language)
             if language == "python":
                 assert after == "text" and "print(" in content
     assert len(SNIPPETS) > 20
 
 
-@pytest.mark.parametrize("index",
-                         range(len(SNIPPETS)),
+@pytest.mark.parametrize("index", range(len(SNIPPETS)),
                          ids=[run_of("quick_start", place) for place, _, _ in SNIPPETS])
 def test_a_snippet_prints_the_output_shown_below_it(index):
     def tolerance(text):  # 1 in the last decimal place; whole numbers must match
@@ -555,8 +522,7 @@ def test_a_snippet_prints_the_output_shown_below_it(index):
     assert len(promised.splitlines()) == len(printed.splitlines()), printed
     for a, b in zip(promised.splitlines(), printed.splitlines()):
         assert same(a, b, tolerance), (a, b)
-        assert re.findall(r"\{.*?\}", a) == re.findall(r"\{.*?\}",
-                                                       b)  # text in braces must match exactly
+        assert re.findall(r"\{.*?\}", a) == re.findall(r"\{.*?\}", b)  # braces: exactly
 
 
 @pytest.mark.parametrize("script", ["quick_start", "toy_dataset"], ids=run_of)
@@ -601,8 +567,7 @@ def printed_rows(table):
         yield row, lines[place][len(name):]
 
 
-@pytest.mark.parametrize("table",
-                         MEASURED,
+@pytest.mark.parametrize("table", MEASURED,
                          ids=[run_of(t.script, t.page, t.first) for t in MEASURED])
 def test_a_measured_table_matches_the_output_of_its_command(table):
     compare_with_what_is_printed(table)
@@ -622,8 +587,8 @@ def compare_with_what_is_printed(table):
             printed = number(named[1] if named else numbers[column - 1])
             within = re.search(r"±([\d.]+)", kind)
             if within:
-                assert number(within[1]) <= (20 if "%" in kind and "steps" not in kind else
-                                             125), ("the tolerance is too wide to hold anything")
+                widest = 20 if "%" in kind and "steps" not in kind else 125
+                assert number(within[1]) <= widest, "a tolerance too wide to hold anything"
                 assert abs(printed - number(row[column])) <= number(within[1]), (row, line)
                 compared += 1
             else:  # times and similar: a busy machine may be slow, but not 50 times as slow
@@ -632,20 +597,16 @@ def compare_with_what_is_printed(table):
 
 
 # --- proof that these tests can fail ------------------------------------------------------------
-@pytest.mark.parametrize("promised, printed, alike", [("a 1.50 b", "a  1.51 b", True),
-                                                      ("a 1.50 b", "a 1.54 b", False),
-                                                      ("a 12 b", "a 13 b", False),
-                                                      ("a 1 b", "a 1 c", False), ],
-                         )
+@pytest.mark.parametrize("promised, printed, alike", [
+    ("a 1.50 b", "a  1.51 b", True), ("a 1.50 b", "a 1.54 b", False), ("a 12 b", "a 13 b", False),
+    ("a 1 b", "a 1 c", False)])
 def test_a_line_that_differs_is_detected(promised, printed, alike):
     assert same(promised, printed, lambda text: 0.021 if "." in text else 0) == alike
 
 
 def test_a_name_that_does_not_exist_is_detected():
-    assert (is_known("MultiHeadAttention.forward") and is_known("nn.RMSNorm")
-            and is_known("toy_dataset.py"))
-    assert (not is_known("MultiHeadAttention.backwards") and not is_known("nn.Nothing")
-            and not is_known("no_such_name"))
+    assert all(map(is_known, ("MultiHeadAttention.forward", "nn.RMSNorm", "toy_dataset.py")))
+    assert not any(map(is_known, ("MultiHeadAttention.back", "nn.Nothing", "no_such_name")))
 
 
 @pytest.mark.parametrize("table", [t for t in MEASURED if t.script == "quick_start"],
