@@ -50,7 +50,7 @@ D_MODEL = 64             # size of a token's vector
 NUM_HEADS = 4            # must divide D_MODEL
 NUM_LAYERS = 2           # number of layers
 D_FF = 256               # hidden size of the feed-forward network
-DROPOUT = 0.0            # fraction of numbers set to 0 at random in training. Try 0.3: 55.9-75.2%.
+DROPOUT = 0.0            # share of numbers set to 0 against memorizing. Try 0.3: 55.9-75.2%.
 # The task
 NUM_SAMPLES = 6000       # distinct sequences, training plus validation
 MAX_DIGITS = 5           # longest sequence
@@ -113,7 +113,7 @@ class MultiHeadAttention(nn.Module):
         self.w_k = nn.Linear(d_model, d_model)
         self.w_v = nn.Linear(d_model, d_model)
         self.w_o = nn.Linear(d_model, d_model)
-        self.attention_function = attention  # train_all.py can use PyTorch's fused kernel instead
+        self.attention_function = attention  # train_all.py puts PyTorch's faster version here
 
     def split_heads(self, x):
         """(B, S, D) -> (B, H, S, K): split the D numbers of each token among H heads.
@@ -160,7 +160,7 @@ class PositionalEncoding(nn.Module):
         PE[pos, 2i+1] = cos(pos / 10000^(2i/D))            Vaswani et al. 2017, section 3.5
 
     Why waves? Read each pair (sine, cosine) as the hand of a clock. The first hand turns by one
-    radian per position, the last by about 1/10000 of that. Together they tell all positions apart,
+    radian per position, the last by about 1/7500 of that. Together they tell all positions apart,
     no number exceeds 1, and "n positions further" is the same rotation everywhere.
     """
 
@@ -404,7 +404,7 @@ class DecoderOnlyTransformer(BaseModel):
             positions    0     0     0     1      2      3      4
                          0     1     2     3      4      5      6
         """
-        # The last new token is never an input, so it needs no position.
+        # One line for wrong ids, or too many. The last new token is never an input.
         self.check_input(prompts, max_new_tokens - 1, max_new_tokens=max_new_tokens,
                          temperature=temperature, top_k=top_k, top_p=top_p,
                          repetition_penalty=repetition_penalty)

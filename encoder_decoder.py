@@ -1,5 +1,5 @@
 """
-encoder_decoder.py - the T5 family: read the whole source, then write the target
+encoder_decoder.py - the T5 family: read the whole source, then generate the target
 
 THE IDEA.  The model has two stacks. The encoder reads the whole source in both directions, like
 BERT. The decoder writes the target from left to right, like GPT. In every layer, the decoder also
@@ -105,7 +105,7 @@ class MultiHeadAttention(nn.Module):
         self.w_k = nn.Linear(d_model, d_model)
         self.w_v = nn.Linear(d_model, d_model)
         self.w_o = nn.Linear(d_model, d_model)
-        self.attention_function = attention  # train_all.py can use PyTorch's fused kernel instead
+        self.attention_function = attention  # train_all.py puts PyTorch's faster version here
 
     def split_heads(self, x):
         """(B, S, D) -> (B, H, S, K): split the D numbers of each token among H heads."""

@@ -59,7 +59,7 @@ D_MODEL = 64             # size of a token's vector
 NUM_HEADS = 4            # must divide D_MODEL
 NUM_LAYERS = 2           # number of layers. Try 1: 9.3-48.4%.
 D_FF = 256               # hidden size of the feed-forward network
-DROPOUT = 0.0            # fraction of numbers set to 0 at random in training. Try 0.3: 24-91.3%.
+DROPOUT = 0.0            # share of numbers set to 0 against memorizing. Try 0.3: 24-91.3%.
 # The task
 NUM_SAMPLES = 6000       # distinct sequences, training plus validation
 MAX_DIGITS = 5           # longest sequence
@@ -108,7 +108,7 @@ class MultiHeadAttention(nn.Module):
         self.w_k = nn.Linear(d_model, d_model)
         self.w_v = nn.Linear(d_model, d_model)
         self.w_o = nn.Linear(d_model, d_model)
-        self.attention_function = attention  # train_all.py can use PyTorch's fused kernel instead
+        self.attention_function = attention  # train_all.py puts PyTorch's faster version here
 
     def split_heads(self, x):
         """(B, S, D) -> (B, H, S, K): split the D numbers of each token among H heads."""

@@ -22,7 +22,7 @@ The decoder-only model makes 6 passes: one per word and one for <EOS>. The encod
 more, through its encoder.
 
 WHAT TO READ NEXT   attention_by_hand.py (one query and three keys), tiny_gpt.py (a whole GPT on one
-screen), toy_dataset.py (the task), encoder_only.py, decoder_only.py, encoder_decoder.py.
+screen), toy_dataset.py (the task), decoder_only.py, encoder_only.py, encoder_decoder.py.
 """
 import functools
 import time

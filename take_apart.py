@@ -8,8 +8,8 @@ for this task. If the score falls, the rule misses something.
 
     column             0   1   2     3      4    5     6
     tokens             4   0   7   <SEP>  four zero seven              three digits: n = 3
-    decoder-only       the query in column 3 writes word 0, so it reads column 0, and so on:
-                       column q reads column q - n. Column 6 reads <SEP> and writes <EOS>
+    decoder-only       the query in column 3 predicts word 0, so it reads column 0, and so on:
+                       column q reads column q - n. Column 6 reads <SEP> and predicts <EOS>
     encoder-only       column 4 has mask 0 and reads column 0: column q reads column q - n - 1
     encoder-decoder    target column q reads source column q
 

@@ -28,7 +28,7 @@ def attention(q, k, v):  # (B, HEADS, T, K) each: compare queries with keys, ave
     weights = scores.masked_fill(~causal, float("-inf")).softmax(-1)  # each row sums to 1
     return weights @ v  # (B, HEADS, T, K): weighted averages of the values
 
-class Block(nn.Module):
+class Block(nn.Module):  # attention fetches from other tokens, the MLP computes with what it got
     def __init__(self):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)  # per token: mean 0, variance 1
@@ -41,8 +41,8 @@ class Block(nn.Module):
         return self.o(attention(q, k, v).transpose(1, 2).flatten(2))  # (B, T, D)
 
     def forward(self, x):
-        x = x + self.self_attention(self.norm1(x))  # adding keeps a direct path for gradients
-        return x + self.mlp(self.norm2(x))  # processes each token on its own
+        x = x + self.self_attention(self.norm1(x))  # adding (a residual) keeps what was there
+        return x + self.mlp(self.norm2(x))  # each token on its own; GELU is a smooth max(0, x)
 
 class GPT(nn.Module):
     def __init__(self):
@@ -52,6 +52,8 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(D)
 
     def forward(self, tokens):  # (B, T) -> (B, T, 22): a score for each possible next token
+        # Attention ignores order, so each position adds a vector of its own: clock hands of many
+        # speeds. Next to it, tokens of size 0.02 would drown without the factor D ** 0.5.
         speeds = 10000.0 ** (-torch.arange(0, D, 2) / D)  # (D / 2,): how fast each angle turns
         angles = torch.arange(tokens.size(1))[:, None] * speeds  # (T, D / 2): one clock hand each
         positions = torch.stack([angles.sin(), angles.cos()], -1).flatten(1)  # (T, D)
@@ -86,5 +88,3 @@ for n, numbers in enumerate(NUMBERS, 1):
     correct += (answers == rows).all(1).tolist()
     print(" ".join(TOKENS[i] for i in answers[0].tolist()))
 print(f"exact match on {len(correct)} held-out numbers: {sum(correct) / len(correct):.1%}")
-# Not here: padding, a cache of keys and values, stopping at "." (decoder_only.py); attending both
-# ways (encoder_only.py); cross-attention (encoder_decoder.py); a GPU (train_all.py).

@@ -10,7 +10,7 @@ of shorter rows (masks), and, unless the output length is given, learn when to s
 Each architecture gets the same sequence in its own format:
 
     encoder-only (BERT)      4 0 7 <SEP> four <MASK> seven             predict the masked token
-    decoder-only (GPT)       4 0 7 <SEP> four zero seven <EOS>         continue after <SEP>
+    decoder-only (GPT)       4 0 7 <SEP> four zero seven               continue until <EOS>
     encoder-decoder (T5)     4 0 7  ->  <SOS> four zero seven <EOS>    read all, then write
 
 Run it:     python toy_dataset.py        (about 3 seconds, nearly all of it importing torch)
@@ -22,8 +22,6 @@ The last lines should be:
     <EOS> directly follows the last word in 4 of 4 rows
 
 READING ORDER   vocabulary -> sequences -> dataset -> collate_fn (the heart of this file) -> loaders
-
-The terms of this file (attention, causal, teacher forcing) are explained in guide/concepts.md.
 """
 import math
 import random
@@ -63,7 +61,7 @@ PAD, SOS, EOS, UNK, SEP, MASK = range(6)
 #   UNK   replaces every token that is not in the vocabulary
 #   SEP   separates digits from words in the same row
 #   MASK  marks a token that BERT must predict
-FIRST_ORDINARY = len(SPECIAL_TOKENS)  # the first id of a digit or word
+FIRST_ORDINARY = len(SPECIAL_TOKENS)  # the first id of a digit or word; BERT masks only these
 
 # F.cross_entropy ignores labels with this value, the default of its ignore_index. Labels padded
 # with <PAD> (0) would be risky: if you forget `ignore_index=PAD` once, the model learns to predict

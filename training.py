@@ -10,7 +10,7 @@ are the same for every architecture, so they are in this file:
     use_fused_attention, checkpoint_layers      the same results, faster or in less memory
     train_for, show_strategies, time_generation, ...       measuring, for tables and figures
 
-READING ORDER   read `create_optimizer` and `score`. The rest only serves the comparisons.
+READING ORDER   read `create_optimizer` and `score`. The rest serves only the comparisons.
 """
 import functools
 import itertools

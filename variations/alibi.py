@@ -10,7 +10,7 @@ that some heads attend mostly to nearby tokens, while others look far back. Noth
     head 0, slope 1/4       -0.75   -0.5    -0.25    0       added to the scores q.k / sqrt(K)
     head 3, slope 1/256     -0.012  -0.008  -0.004   0
 
-Bloom and MPT use it. Press et al. report good results on rows longer than those in training.
+Bloom and MPT use it. Press et al. report good results on sequences longer than those in training.
 
 Run it:     python variations/alibi.py        (about 10 seconds on one CPU core)
 """

@@ -14,8 +14,8 @@ thing in the model before it:
     6  untied           a separate output matrix                            LLaMA, 2023
 
 The hidden size of the feed-forward network is chosen so that all models have the same number of
-parameters, within 1%. The last model computes the same as LlamaForCausalLM of transformers, except
-that the rows of w_q and w_k are in another order and that the embedding is scaled by sqrt(D). A
+parameters, within 1%. The last model computes the same as LlamaForCausalLM in transformers, except
+that the rows of w_q and w_k are in a different order and that the embedding is scaled by sqrt(D). A
 test copies the weights and compares logits and generated tokens.
 
 Run it:     python variations/modern_decoder.py        (about 20 seconds on one CPU core)
