@@ -151,9 +151,11 @@ BLANKS = [
           ("What does a learning rate of 0 in the first step change?",
            "Which part of the cosine goes from 1 down to -1, and how do you move it to 1 and 0?",
            "progress runs from 0 to 1 after warmup, and stays at 1 beyond the last step.")),
-    Blank("train_step", "training", 25, "train_all.py", "train_step",
+    Blank("train_step", "training", 45, "train_all.py", "train_step",
           "Gradient accumulation: several micro-batches, one step. The result is the gradient of "
-          "the mean loss over *all* labels of the step.",
+          "the mean loss over *all* labels of the step, under PRECISION, with the scaler, and in "
+          "WORLD processes. Each micro-batch sets a seed of its own, from SEED, step, and number "
+          "(any formula that differs between them; the original's is in train_all.py).",
           "Micro-batches of different lengths give the gradient of the whole batch.",
           ("Two micro-batches have 30 labels and 2. Is the mean of their means the mean?",
            "Sum the losses. By what do you divide, and when?",
