@@ -20,6 +20,7 @@ ways to choose a token. (tiny_gpt.py has the plain loop, in four lines.)
 
 Run it:     python decoder_only.py        (about 25 seconds on one CPU core)
 Try it:     python decoder_only.py 4 0 7                 (after the run)
+Practice:   python exercises/practice.py start 7      (7 to 9, 11 to 13, 15 to 18, 23 to 26)
 
 The last lines should be close to:
 

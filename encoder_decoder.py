@@ -24,6 +24,7 @@ and beam search. Positions start at 0 in both source and target.
 
 Run it:     python encoder_decoder.py        (about 13 seconds on one CPU core)
 Try it:     python encoder_decoder.py 4 0 7              (after the run)
+Practice:   python exercises/practice.py start 27     (27, 28)
 
 The last lines should be close to:
 

@@ -14,6 +14,7 @@ Each architecture gets the same sequence in its own format:
     encoder-decoder (T5)     4 0 7  ->  <SOS> four zero seven <EOS>    read all, then write
 
 Run it:     python toy_dataset.py        (about 3 seconds, nearly all of it importing torch)
+Practice:   python exercises/practice.py start 1      (exercises 1 to 5)
 
 It prints the vocabulary, some sequences, and the positions in a row that count toward the loss.
 The last lines should be:

@@ -34,7 +34,8 @@ def shown(value):
 
 def first_difference(found, expected):
     """Return where two tensors differ first, as a text."""
-    differs = ((found.double() - expected.double()).abs() > 1e-6) | (found.isnan() ^ expected.isnan())
+    gap = (found.double() - expected.double()).abs()
+    differs = (gap > 1e-6) | (found.isnan() ^ expected.isnan())
     place = tuple(differs.nonzero()[0].tolist())
     return f"first difference at {list(place)}: {expected[place].item():.4g} expected, " \
            f"{found[place].item():.4g} found"
@@ -288,7 +289,7 @@ def batch_of(*numbers):
 
 def compute_loss(mine, real):
     theirs, original = twins(decoder, mine, real)
-    for title, batch in (("one row", batch_of("407")), ("rows of two lengths", batch_of("40", "7"))):
+    for title, batch in (("one row", batch_of("407")), ("two lengths", batch_of("40", "7"))):
         same(title, mine.compute_loss(theirs, batch).item(),
              real.compute_loss(original, batch).item(),
              "Do ignored labels count in the mean? Are labels shifted once, by collate_fn?")
@@ -303,7 +304,7 @@ def train_epoch(mine, real):
         means = [m.train_epoch(model, loader, optimizer, scheduler, 0.5) for _ in range(2)]
         results.append((means, model.layers[0].feed_forward.up.weight.detach()))
     same("the mean losses of two epochs", torch.tensor(results[0][0]), torch.tensor(results[1][0]),
-         "backward() adds to what is in .grad. When is .grad emptied? Is it clipped before the step?")
+         "backward() adds to what is in .grad. When is .grad emptied? And when is it clipped?")
     same("the weights after two epochs", results[0][1], results[1][1],
          "Does the scheduler make a step after each batch?")
 
@@ -323,7 +324,8 @@ def train_step(mine, real):
     items = [make_item(list(digits)) for digits in ("4", "40712", "99", "123", "5", "66666")]
 
     def step(m, precision="float32", scale=None, world=1, dropout=0.0):
-        m.BATCH_SIZE, m.ACCUMULATION_STEPS, m.SEED, m.CLIP_NORM, m.PRECISION = 3, 2, 0, 0.5, precision
+        m.BATCH_SIZE, m.ACCUMULATION_STEPS, m.SEED = 3, 2, 0
+        m.CLIP_NORM, m.PRECISION = 0.5, precision
         m.WORLD, m.dist = world, SimpleNamespace(all_reduce=lambda totals: totals.mul_(2))
         script = m.ARCHITECTURES["decoder-only"][0]
         torch.manual_seed(0)
@@ -372,15 +374,15 @@ def mask_tokens(mine, real):
     words = real.word_positions(batch)
     both = (counts & words).any(1) & (counts & ~words).any(1)
     holds("one side of each row", not both.any() and (counts & words).any() and
-          (counts & ~words).any(), "If a digit and its word are hidden, who can tell what they were?")
+          (counts & ~words).any(), "If a digit and its word are hidden, who can recover them?")
     shares = [(corrupted == MASK)[counts].double().mean().item(),
               ((corrupted != MASK) & (corrupted != batch))[counts].double().mean().item()]
     holds("of the selected tokens, about 80% are masked", abs(shares[0] - 0.8) < 0.04,
           f"Yours: {shares[0]:.0%}. Does one draw decide among the three actions?")
     holds("about 10% are replaced by others", abs(shares[1] - 0.095) < 0.03,
           f"Yours: {shares[1]:.0%}. One draw has three outcomes; two draws overlap.")
-    holds("replacements are digits or words", (corrupted[counts & (corrupted != MASK)] > MASK).all(),
-          "From which ids do you draw?")
+    holds("replacements are digits or words",
+          (corrupted[counts & (corrupted != MASK)] > MASK).all(), "From which ids do you draw?")
     sides = torch.where((counts & words).any(1, keepdim=True), words, ~words & ~special)
     rates = (counts.sum(1) / sides.sum(1))[batch.ne(PAD).sum(1) == 11]
     holds("the rate differs from row to row, up to all", rates.unique().numel() == 5,
@@ -423,32 +425,32 @@ def filter_logits(mine, real):
                 "temperature": "Which operation sharpens: dividing by 0.5, or multiplying?"}
     for options in ({"top_k": 2}, {"top_k": 1}, {"top_p": 0.7}, {"top_p": 0.5}, {"top_p": 1.0},
                     {"temperature": 0.5}, {"temperature": 2.0, "top_k": 3, "top_p": 0.6}):
-        expected = real.filter_logits(logits.clone(), **options).softmax(-1)
-        same(f"{options}, as probabilities", mine.filter_logits(logits.clone(), **options).softmax(-1),
-             expected, question[list(options)[-1]], "0.5, 0.3, 0.15, 0.05, and the same in another "
-             "order")
+        found, expected = (m.filter_logits(logits.clone(), **options).softmax(-1)
+                           for m in (mine, real))
+        same(f"{options}, as probabilities", found, expected, question[list(options)[-1]],
+             "0.5, 0.3, 0.15, 0.05, and the same in another order")
     before = logits.clone()
     mine.filter_logits(logits, top_k=1)
     holds("the logits that came in are unchanged", logits.equal(before), "Do you write into them?")
 
 
 def choose_next_token(mine, real):
-    logits, generated = torch.tensor([[2.0, 1.5, -1.0], [-1.0, -0.5, -0.6]]), torch.tensor([[0], [1]])
+    logits = torch.tensor([[2.0, 1.5, -1.0], [-1.0, -0.5, -0.6]])
+    generated = torch.tensor([[0], [1]])
     same("greedy", mine.choose_next_token(logits, generated), torch.tensor([0, 1]),
          "What is the most likely token?", logits.tolist())
     same("greedy, penalty 2", mine.choose_next_token(logits, generated, repetition_penalty=2.0),
          real.choose_next_token(logits, generated, repetition_penalty=2.0),
-         "Dividing a negative logit makes it larger. Which operation lowers it?", "ids 0 and 1 were "
-         "generated before")
+         "Dividing a negative logit makes it larger. Which operation lowers it?",
+         "ids 0 and 1 were generated before")
     rows, logits = 4000, rand(1, 5).float()
-    for title, options in (("temperature 1", {}), ("top_k 2", {"top_k": 2}),
-                           ("temperature 0.5, top_p 0.8", {"temperature": 0.5, "top_p": 0.8})):
-        options = {"temperature": 1.0, **options}
-        found = mine.choose_next_token(logits.expand(rows, -1), torch.zeros(rows, 1, dtype=torch.long),
-                                       **options, generator=torch.Generator().manual_seed(1))
-        again = mine.choose_next_token(logits.expand(rows, -1),
-                                       torch.zeros(rows, 1, dtype=torch.long), **options,
-                                       generator=torch.Generator().manual_seed(1))
+    nothing = torch.zeros(rows, 1, dtype=torch.long)
+    for title, some in (("temperature 1", {}), ("top_k 2", {"top_k": 2}),
+                        ("temperature 0.5, top_p 0.8", {"temperature": 0.5, "top_p": 0.8})):
+        options = {"temperature": 1.0, **some}
+        found, again = (mine.choose_next_token(
+            logits.expand(rows, -1), nothing, **options,
+            generator=torch.Generator().manual_seed(1)) for _ in range(2))
         holds(f"one token per row, {title}", found.shape == (rows,), "Which dimension has size 1?")
         holds("the same generator gives the same tokens", found.equal(again),
               "Who draws the random numbers: the generator that was given?")
@@ -475,8 +477,8 @@ def generate(mine, real):
                  "Which columns are new to the cache, and which positions do they have?")
         same(f"three prompts of different lengths, stop_at={ends}",
              theirs.generate(prompts, 8, stop_at=ends), expected,
-             "Do mask and positions say that short prompts are padded on the left? Does one row that "
-             "ends early end the others? Is what follows cut off?")
+             "Do mask and positions say that short prompts are padded on the left? Does one row "
+             "that ends early end the others? Is what follows cut off?")
     one = [m.generate(prompts, 6, temperature=1.0, top_k=4, stop_at=None,
                       generator=torch.Generator().manual_seed(3)) for m in (theirs, original)]
     same("sampling with a generator", one[0], one[1], "Are all options handed on?")
@@ -523,7 +525,8 @@ def tiny_gpt(mine, real):
     for name in ("encode", "model", "generate"):
         if not hasattr(mine, name):
             raise Wrong(f"the file defines no {name}\nThe task names three things. See `start`.")
-    same("encode", list(mine.encode("407")), real.encode("407"), "Which ids does the docstring have?")
+    same("encode", list(mine.encode("407")), real.encode("407"),
+         "The ids: `.` is 0, `=` is 1, digits follow, then words.")
     with torch.no_grad():
         tokens = torch.tensor([mine.encode("40712")])
         changed = tokens.clone()
@@ -537,7 +540,8 @@ def tiny_gpt(mine, real):
         for i in range(100):
             number = f"{(i * 7919) % 10 ** (1 + i % 5):0{1 + i % 5}d}"
             ids, n = mine.encode(number), len(number)
-            right += mine.generate(mine.model, torch.tensor([ids[:n + 1]]), n + 1)[0].tolist() == ids
+            prompt = torch.tensor([ids[:n + 1]])
+            right += mine.generate(mine.model, prompt, n + 1)[0].tolist() == ids
     holds("95 of 100 numbers are right", right >= 95,
           f"Yours: {right}. What is the loss? If it is low, which token may attend to which?")
 
@@ -571,15 +575,16 @@ def encoder_loss(mine, real):
 
 def beams(mine, real):
     def make(m):
-        return m.EncoderDecoderTransformer(d_model=D, num_heads=H, num_layers=2, d_ff=20, max_len=40)
+        return m.EncoderDecoderTransformer(d_model=D, num_heads=H, d_ff=20, max_len=40)
 
     theirs, original = twins(make, mine, real)
     sources = [[10, 6, 13], [9], [7, 8]]
     same("greedy", theirs.generate(sources, 7), original.generate(sources, 7),
          "Compare one step with the formula in the docstrings.")
     for width in (2, 4):
-        found, expected = ([[h.tokens for h in answers] for answers in
-                            model.beam_search(sources, width, 1.0, 7)] for model in (theirs, original))
+        found, expected = (
+            [[h.tokens for h in answers] for answers in model.beam_search(sources, width, 1.0, 7)]
+            for model in (theirs, original))
         same(f"beam search, width {width}", found, expected,
              "When a hypothesis is dropped, what happens to its row of the cache?")
 

@@ -22,8 +22,8 @@ class Blank(NamedTuple):
 BLANKS = [
     # --- The data ---
     Blank("encode", "the data", 5, "toy_dataset.py", "Vocabulary.encode",
-          "Turn tokens into ids. The argument is a list of tokens, or a string of tokens with spaces "
-          "between them. A token that the vocabulary does not have becomes <UNK>.",
+          "Turn tokens into ids. The argument is a list of tokens, or a string of tokens with "
+          "spaces between them. A token that the vocabulary does not have becomes <UNK>.",
           "Both kinds of input give the same ids, and no token is dropped.",
           ("Which of the two kinds of input is easier, and how does the other one become it?",
            "self.ids is a dictionary. What does its method get do with a key that is missing?",
@@ -56,14 +56,15 @@ BLANKS = [
            "Count the equal pairs, and divide once.")),
     # --- Attention ---
     Blank("softmax", "attention", 10, "", "softmax",
-          "Turn scores into weights: exp of each score, divided by the sum over the last dimension.",
+          "Turn scores into weights: exp of each score, divided by the sum over the last "
+          "dimension.",
           "Rows sum to 1, even for scores of 1000, where exp overflows.",
           ("What is exp(1000) in float32, and what is infinity divided by infinity?",
            "What happens to the weights if you subtract the same number from all scores of a row?",
            "Subtract each row's largest score first, and keep the dimension when you sum.")),
     Blank("attention", "attention", 15, "decoder_only.py", "attention",
-          "Compare each query with each key, and average the values with the weights that come out. "
-          "Return the result and the weights.",
+          "Compare each query with each key, and average the values with the weights that come "
+          "out. Return the result and the weights.",
           "softmax(q k^T / sqrt(K)) v, with masked keys at weight 0. A query without keys gets "
           "finite numbers.",
           ("Which two dimensions of the keys must change places for the product (B, H, T, S)?",
@@ -110,8 +111,8 @@ BLANKS = [
            "Which layer makes the vector longer?",
            "From the inside out: up, GELU, dropout, down.")),
     Blank("encoder_layer", "the block", 15, "encoder_only.py", "EncoderLayer.forward",
-          "One layer: attention and the feed-forward network, each on a normalized input, each added "
-          "to what came in. Return the result and the attention weights.",
+          "One layer: attention and the feed-forward network, each on a normalized input, each "
+          "added to what came in. Return the result and the attention weights.",
           "x = x + part(norm(x)), twice. The sum itself is never normalized.",
           ("What does a residual connection add to: the input, or the normalized input?",
            "How many times do you need norm1, and how many times norm2?",
@@ -123,8 +124,8 @@ BLANKS = [
            "Who stores keys and values: the layer, or its attention?",
            "The cache is the fourth argument of attention.")),
     Blank("positions_of", "the block", 10, "decoder_only.py", "DecoderOnlyTransformer.positions_of",
-          "Prompts of different lengths are padded on the left. Count positions from the first real "
-          "token of each row.",
+          "Prompts of different lengths are padded on the left. Count positions from the first "
+          "real token of each row.",
           "The first real token has position 0, and padding never has a negative position.",
           ("In which column does a row's first real token stand?",
            "argmax of zeros and ones finds the first one.",
@@ -211,20 +212,21 @@ BLANKS = [
            "There are three norms. Which one belongs to cross-attention?",
            "memory is already normalized, so only x passes through norm_cross.")),
     Blank("best_candidates", "T5", 20, "encoder_decoder.py", "best_candidates",
-          "One step of beam search: extend each of W hypotheses by each token, and keep the best 2W "
-          "of each source.",
+          "One step of beam search: extend each of W hypotheses by each token, and keep the best "
+          "2W of each source.",
           "Sums are of log-probabilities, and each candidate knows its parent.",
           ("Can you add logits of two steps? What must they become first?",
            "topk over W * V numbers gives an index. How do you get back two numbers?",
            "Divide by V for the parent, and take the remainder for the token.")),
     # --- All of it ---
     Blank("tiny_gpt", "all of it", 90, "tiny_gpt.py", "",
-          "Write a whole GPT from the docstring. Your file must define `encode(number)`, which turns "
-          "\"407\" into the ids of `4 0 7 = four zero seven .`, a trained `model` that turns ids "
+          "Write a whole GPT from the docstring. Your file must define `encode(number)`, which "
+          "turns \"407\" into the ids of `4 0 7 = four zero seven .` (`.` is 0, `=` is 1, then "
+          "come ten digits and ten words), a trained `model` that turns ids "
           "(B, T) into logits (B, T, 22), and `generate(model, tokens, count)`, which appends "
           "`count` tokens.",
           "No later token changes an earlier prediction, and 95 of 100 numbers are right.",
           ("Which parts does a GPT have, from ids to logits? Draw them before you write.",
            "What is the label at `=`, and which positions do not count?",
-           "If the loss is fine and the answers are not, look for a leak: which token sees which?")),
+           "If the loss is fine and the answers are not, look for a leak. Which token sees what?")),
 ]

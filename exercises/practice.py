@@ -27,16 +27,16 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-WORK = Path(os.environ.get("PRACTICE_WORK", HERE / "work"))
-sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bugs import BUGS, INTERVIEW
 from fill_in import BLANKS
 from planted_mistakes import MISTAKES
 from predict import QUESTIONS
 
-SECONDS = int(os.environ.get("PRACTICE_SECONDS", 30))  # then a check is stopped
+ROOT = Path(__file__).resolve().parent.parent
+WORK = Path(os.environ.get("PRACTICE_WORK", ROOT / "exercises" / "work"))
+SECONDS = float(os.environ.get("PRACTICE_SECONDS", "30"))  # then a check is stopped
 SLOW = {"tiny_gpt": 300, "interview": 120}
 REPLACEMENTS = {name: (old, new) for name, old, new in MISTAKES}
 SOFTMAX = '''def softmax(scores):
@@ -211,7 +211,7 @@ def start(exercise):
     progress = load_progress()
     progress["current"] = exercise.name
     save_progress(progress)
-    print(f"{exercise.number}  {exercise.name}   ({exercise.kind}, about {exercise.minutes} minutes)\n")
+    print(f"{exercise.number}  {exercise.name}   ({exercise.kind}, about {exercise.minutes} min)\n")
     if exercise.kind == "predict":
         print(exercise.entry.text)
         print(f"\nThen: python exercises/practice.py check {exercise.number} YOUR_ANSWER")
@@ -253,7 +253,7 @@ def check(exercise, *words):
         code = subprocess.run([sys.executable, __file__, "run-check", exercise.name, *words],
                               timeout=limit).returncode
     except subprocess.TimeoutExpired:
-        print(f"  stopped after {limit} seconds: is there a loop that never ends?")
+        print(f"  stopped after {limit:.0f} seconds: is there a loop that never ends?")
         return False
     if code == 0:
         progress = load_progress()
@@ -370,7 +370,7 @@ def interview():
     progress["interview"] = {"began": time.time(), "bugs": chosen}
     save_progress(progress)
     print(f"open   {exercise.path}\n"
-          "task   A colleague sends you this GPT: \"It does not work well, and I don't know why.\"\n"
+          "task   A colleague sends you this GPT: \"It doesn't work, and I don't know why.\"\n"
           "       There are four bugs. Aim at 45 minutes.\n\n"
           "Then: python exercises/practice.py check interview")
 

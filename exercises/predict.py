@@ -17,7 +17,7 @@ class Question(NamedTuple):
 
 
 def first_loss():
-    """A uniform guess costs -log(1 / V) = ln V, and small embeddings make the first guess uniform."""
+    """A uniform guess costs -log(1 / V) = ln V. Small embeddings make the first guess uniform."""
     import torch
     import decoder_only
     from toy_dataset import create_dataloaders
@@ -28,7 +28,7 @@ def first_loss():
 
 
 def first_loss_with_std_1():
-    """Each token's own vector comes up the residuals, and times itself it gives a logit of about D."""
+    """A token's own vector comes up the residuals, and times itself it gives a logit of about D."""
     import torch
     import decoder_only
     from toy_dataset import create_dataloaders
@@ -174,7 +174,8 @@ QUESTIONS = [
     Question("cache_bytes", "sizes", 5, "Two layers, D = 64, 32-bit numbers, one sequence of 10 "
              "tokens. How many bytes does the key/value cache take?", bytes_of_the_cache, 0),
     Question("score_shape", "shapes", 5, "Cross-attention: 2 targets of 5 tokens, 2 sources of 7, "
-             "D = 24, 4 heads. What is the shape of the weights? Write 1,2,3,4", shape_of_scores, 0),
+             "D = 24, 4 heads. What is the shape of the weights? Write 1,2,3,4",
+             shape_of_scores, 0),
     Question("head_shape", "shapes", 3, "The same model. What is the shape of the queries after "
              "split_heads?", shape_of_a_head, 0),
     Question("pair_shape", "shapes", 5, "A batch of 4 0, 7, and 1 2 3. What is the shape of `pair` "
@@ -189,8 +190,8 @@ QUESTIONS = [
              "model. How many labels count toward the loss?", labels_that_count, 0),
     Question("passes", "numbers", 5, "A GPT translates five digits and stops at <EOS>. How many "
              "passes does it make?", passes_of_gpt, 0),
-    Question("nucleus", "numbers", 3, "Probabilities 0.5, 0.3, 0.15, and 0.05. How many tokens does "
-             "top_p = 0.7 keep?", tokens_left_by_top_p, 0),
+    Question("nucleus", "numbers", 3, "Probabilities 0.5, 0.3, 0.15, and 0.05. How many tokens "
+             "does top_p = 0.7 keep?", tokens_left_by_top_p, 0),
     Question("first_rate", "numbers", 3, "A peak of 3e-3 and 40 steps of warmup. What is the "
              "learning rate of the very first step?", rate_of_the_first_step, 0.02),
     Question("clipping", "numbers", 3, "A gradient of (30, 40) is clipped to length 1. What is its "

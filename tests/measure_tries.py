@@ -4,7 +4,7 @@
                                           constants of the guide's table 11.1 (about 10 minutes)
     python tests/measure_tries.py NAME    an experiment: break_it (every change of that page, 10
                                           minutes), fine_tuning, few_sequences, one_layer,
-                                          ablations, warmup
+                                          ablations, warmup, bugs
 
 It prints each measured range next to the claimed range, then the number of wrong claims: those
 that miss the measured range by more than TOLERANCE. Not collected by pytest.
@@ -293,9 +293,45 @@ def warmup():
         print(f"{title:54s} {percent(scores)}", flush=True)
 
 
+def bugs():
+    """What each bug of exercises/bugs.py does to the losses and the score."""
+    sys.path.insert(0, str(ROOT / "exercises"))
+    import practice
+    import torch
+    from conftest import MODELS
+    from toy_dataset import create_dataloaders
+
+    print("bug      group    training loss   held-out loss   exact match, % (SEED 0-2, 6 epochs)")
+    for exercise in [e for e in practice.exercises() if e.kind == "find the bug"]:
+        rows = []
+        for seed in SEEDS[:3]:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, exercise.script)
+                path.write_text(practice.plant(practice.original(exercise), exercise.entry),
+                                encoding="utf-8")
+                script = practice.load(path, "broken")
+            torch.manual_seed(seed)
+            train, held_out = create_dataloaders(seed=seed)
+            model = getattr(script, MODELS[exercise.script[:-3]].__name__)()
+            optimizer, scheduler = script.create_optimizer(model, 3e-3, 6 * len(train), 40)
+            try:
+                for _ in range(6):
+                    loss = script.train_epoch(model, train, optimizer, scheduler, 1.0)
+                result = script.evaluate(model, held_out)
+                rows.append((loss, result["loss"], result["exact_match"]))
+            except Exception as error:  # some bugs end in one
+                print(f"{exercise.name}   {exercise.group.split(':')[0]:6s}   {error!r:.60s}")
+                break
+        else:
+            losses, others, scores = zip(*rows)
+            print(f"{exercise.name}   {exercise.group.split(':')[0]:6s} {min(losses):7.3f} -"
+                  f"{max(losses):7.3f} {min(others):7.3f} -{max(others):7.3f}   {percent(scores)}",
+                  flush=True)
+
+
 def main():
     experiments = {f.__name__: f for f in (
-        break_it, fine_tuning, few_sequences, one_layer, ablations, warmup)}
+        break_it, fine_tuning, few_sequences, one_layer, ablations, warmup, bugs)}
     if not sys.argv[1:]:
         sys.exit(check_claims() > 0)
     import torch

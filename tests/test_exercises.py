@@ -1,4 +1,4 @@
-"""The exercises: no blank and no bug passes its check, every right solution does, and no hint tells."""
+"""The exercises: no blank or bug passes its check, right solutions do, and no hint tells."""
 import ast
 import contextlib
 import io
@@ -263,3 +263,21 @@ def test_an_exercise_needs_only_what_came_before():
                            ("filter_logits", "choose_next_token"), ("encoder_layer", "pooling")):
         assert names.index(earlier) < names.index(later)
     assert len(BLANKS) >= 25 and len(BUGS) >= 20 and len(QUESTIONS) >= 15
+
+
+def test_pages_and_docstrings_name_the_right_exercises():
+    page = (ROOT / "exercises" / "README.md").read_text(encoding="utf-8")
+    for exercise in BLANKS + QUESTIONS:
+        assert f"| {exercise.number} {exercise.name} | {exercise.minutes} |" in page
+    for group in {exercise.group for exercise in BUGS}:
+        numbers = [exercise.number for exercise in BUGS if exercise.group == group]
+        title, seen = group.split(": ")
+        assert f"| {title} | {min(numbers)} to {max(numbers)} | {seen} |" in page
+    assert f"lists {len(practice.exercises())} exercises" in page
+    for script in ("toy_dataset", "encoder_only", "decoder_only", "encoder_decoder"):
+        text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+        first, listed = re.search(r"practice.py start (\d+) +\((.*)\)", text).groups()
+        spans = [list(map(int, re.findall(r"\d+", part))) for part in listed.split(",")]
+        named = [n for span in spans for n in range(span[0], span[-1] + 1)]
+        assert int(first) == named[0]
+        assert named == [e.number for e in BLANKS if e.script == f"{script}.py"]

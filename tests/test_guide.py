@@ -92,7 +92,9 @@ class Page:
 FRONT = Page(ROOT / "README.md")
 CHAPTERS = [Page(path) for path in sorted((ROOT / "guide").glob("*.md"))]
 VARIATIONS = Page(ROOT / "variations" / "README.md")
-PAGES = {page.name: page for page in [FRONT, Page(ROOT / "CONTRIBUTING.md"), VARIATIONS, *CHAPTERS]}
+EXERCISES = Page(ROOT / "exercises" / "README.md")
+PAGES = {page.name: page for page in [FRONT, Page(ROOT / "CONTRIBUTING.md"), VARIATIONS, EXERCISES,
+                                      *CHAPTERS]}
 CODE = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("variations/*.py"))]
 TABLES = [table for page in PAGES.values() for table in page.tables()]
 MEASURED = [t for t in TABLES if t.caption.startswith("Printed by")]
@@ -118,9 +120,9 @@ def test_the_front_page_quotes_tiny_gpt():
 
 
 def test_every_topic_is_two_clicks_from_the_front_page():
-    linked = re.findall(r"\]\(((?:guide|variations)/\w+\.md)\)", "\n".join(FRONT.prose))
-    assert {page.name for page in [*CHAPTERS, VARIATIONS]} <= set(linked)
-    for page in [*CHAPTERS, VARIATIONS]:
+    linked = re.findall(r"\]\(((?:guide|variations|exercises)/\w+\.md)\)", "\n".join(FRONT.prose))
+    assert {page.name for page in [*CHAPTERS, VARIATIONS, EXERCISES]} <= set(linked)
+    for page in [*CHAPTERS, VARIATIONS, EXERCISES]:
         assert len(page.lines) <= 600
         contents = page.text.split("\n## ")[0]
         topics = {anchor(h[3:]) for _, h in page.headings if h.startswith("## ")}
@@ -225,7 +227,8 @@ def is_known(span):
     parts = span.removesuffix("()").split(".")
     homes = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional}
     if (ROOT / span).exists() or any(
-        (ROOT / folder / span).exists() for folder in ("tests", "benchmarks", "variations")):
+        (ROOT / folder / span).exists()
+        for folder in ("tests", "benchmarks", "variations", "exercises")):
         return True
     if parts[0] in homes:
         value = homes[parts[0]]
