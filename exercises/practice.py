@@ -21,6 +21,7 @@ import random
 import re
 import subprocess
 import sys
+import textwrap
 import time
 import tokenize
 import traceback
@@ -140,6 +141,14 @@ def cut_out(text, place):
     return "\n".join(lines[:begin] + turn + lines[node.end_lineno:]) + "\n"
 
 
+def docstring(exercise):
+    """Return the docstring of the function to write: its shapes, and often an example."""
+    node = ast.parse(original(exercise))
+    for name in exercise.entry.place.split("."):
+        node = next(child for child in node.body if getattr(child, "name", "") == name)
+    return ast.get_docstring(node) or "(it has no docstring)"
+
+
 def without_comments(text):
     """Return `text` without its comments, which would tell where a bug is."""
     lines = text.splitlines()
@@ -226,10 +235,10 @@ def start(exercise):
     place = next((i for i, line in enumerate(lines, 1) if "your turn" in line.lower()), 1)
     print(f"open   {exercise.path}, line {place}")
     if exercise.kind == "fill in":
-        print(f"task   {exercise.entry.task}")
-        print(f"right  {exercise.entry.right}")
+        print(textwrap.fill(f"task   {exercise.entry.task}", 88, subsequent_indent=7 * " "))
+        print(textwrap.fill(f"right  {exercise.entry.right}", 88, subsequent_indent=7 * " "))
         if exercise.entry.place:
-            print("The docstring has the shapes, and often an example.")
+            print("\n" + textwrap.indent(docstring(exercise), 7 * " "))
     else:
         print("task   This script has one bug, and its comments are gone. Run it, and see what is\n"
               "       wrong. If nothing is, read it. Then repair the bug.")

@@ -213,6 +213,7 @@ def test_a_learner_starts_checks_solves_and_goes_on(work):
     done = run(work, "check")  # the current one
     assert done.returncode == 0 and done.stdout.endswith("right\n"), done.stdout + done.stderr
     assert "[x] 11  causal_mask" in run(work).stdout
+    assert run(work, "watch", "11").stdout.endswith("right\n")
 
 
 @pytest.mark.parametrize("words, code, expected", [
