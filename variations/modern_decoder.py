@@ -8,7 +8,7 @@ thing in the model before it:
 
     1  RMSNorm          no mean, no shift: x / sqrt(mean(x^2)) * gain       Zhang and Sennrich 2019
     2  no biases        in any linear layer                                  T5, PaLM
-    3  SwiGLU           narrow(silu(gate(x)) * widen(x)): three matrices    Shazeer 2020
+    3  SwiGLU           down(silu(gate(x)) * up(x)): three matrices        Shazeer 2020
     4  rotary           rotate queries and keys, add no positions           Su et al. 2021
     5  grouped queries  two query heads share one key head                  Ainslie et al. 2023
     6  untied           a separate output matrix                            LLaMA, 2023
@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """A feed-forward network that multiplies two hidden vectors, silu(gate(x)) and widen(x).
+    """A feed-forward network that multiplies two hidden vectors, silu(gate(x)) and up(x).
 
     silu(x) = x sigmoid(x) is a smooth ReLU (Shazeer 2020, section 2). No dropout, as in Llama.
     """
