@@ -29,6 +29,8 @@ def shown(value):
         if value.is_floating_point() and value.numel() <= 16:
             numbers = torch.round(value * 1000).div(1000).tolist()
         return f"shape {tuple(value.shape)}  {numbers}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
     return repr(value) if len(repr(value)) < 200 else repr(value)[:200] + " ..."
 
 
@@ -49,9 +51,12 @@ def same(title, found, expected, question, given=None):
         if not torch.is_tensor(found):
             raise Wrong("\n".join([f"{title}: not a tensor", *lines, question]))
         if found.shape != expected.shape:
-            raise Wrong("\n".join([f"{title}: another shape", *lines, question]))
-        if (found.dtype == torch.bool) != (expected.dtype == torch.bool):
-            raise Wrong("\n".join([f"{title}: another type, {found.dtype}", *lines, question]))
+            raise Wrong("\n".join([f"{title}: another shape", *lines,
+                                   "Which shape does the docstring promise?"]))
+        if found.dtype != expected.dtype and not (found.is_floating_point()
+                                                  and expected.is_floating_point()):
+            raise Wrong("\n".join([f"{title}: another type, {found.dtype}", *lines,
+                                   f"The original returns {expected.dtype}."]))
         if not torch.allclose(found.double(), expected.double(), atol=1e-6, equal_nan=True):
             lines.append(first_difference(found.detach(), expected.detach()))
             raise Wrong("\n".join([f"{title}: other numbers", *lines, question]))
@@ -144,8 +149,8 @@ def softmax(mine, real):
     scores = torch.randn(B, H, T, S)
     same("the last dimension of four", mine.softmax(scores), scores.softmax(-1),
          "Over which dimension do you sum, and does the sum keep it?")
-    scores = torch.tensor([[1000.0, 999.0]])
-    same("scores of 1000", mine.softmax(scores), scores.softmax(-1),
+    scores = torch.tensor([[1000.0, 999.0], [0.0, 1.0]])
+    same("scores of 1000, and a row far below,", mine.softmax(scores), scores.softmax(-1),
          "exp(1000) is infinite. Which number can you subtract from a row without changing it?")
 
 
@@ -165,6 +170,9 @@ def attention(mine, real):
                 real.attention(queries, keys, values, hidden)):
             same(f"{title}: {part}", found, expected,
                  "Softmax over which dimension? And which entries does the mask hide?")
+    hidden = mine.attention(queries, keys, values, mask)[1][:, :, ~mask[0, 0]]
+    holds("a masked weight is exactly 0", hidden.eq(0).all(),
+          "exp of which number is exactly 0? It must be far below all scores.")
     empty = torch.zeros(1, 1, T, S, dtype=torch.bool)
     holds("a query without keys gets finite numbers",
           mine.attention(queries, keys, values, empty)[0].isfinite().all(),
@@ -240,9 +248,12 @@ def feed_forward(mine, real):
     x = rand(B, T, D)
     same("up, GELU, down", theirs(x), original(x),
          "Which nonlinearity is between the two layers, and in which form?")
-    theirs.dropout.p = 0.5
-    holds("dropout in training", not theirs.train()(x).equal(original(x)),
-          "self.dropout is a module. Where is it called?")
+    theirs.dropout.p = original.dropout.p = 0.5
+    torch.manual_seed(0)
+    found = theirs.train()(x)
+    torch.manual_seed(0)
+    same("dropout in training", found, original.train()(x),
+         "self.dropout is a module. Is it called after the nonlinearity?")
 
 
 def encoder_layer(mine, real):
@@ -251,7 +262,7 @@ def encoder_layer(mine, real):
     for part, found, expected in zip(("result", "weights"), theirs(x, mask[:, None, None]),
                                      original(x, mask[:, None, None])):
         same(part, found, expected, "To what do you add: x, or the normalized x? Is each norm used "
-                                    "once?")
+                                    "once, and does attention get the mask?")
     theirs.dropout.p = 0.5
     holds("dropout in training", not theirs.train()(x)[0].equal(original(x)[0]),
           "Each part passes through self.dropout before it is added.")
@@ -262,11 +273,14 @@ def decoder_layer(mine, real):
     x, mask = rand(B, T, D), real.causal_mask(T, T)
     for part, found, expected in zip(("result", "weights"), theirs(x, mask), original(x, mask)):
         same(part, found, expected, "To what do you add: x, or the normalized x? Is each norm used "
-                                    "once?")
+                                    "once, and does attention get the mask?")
     cache = original.self_attention.new_cache(B, T)
     theirs(x[:, :3], real.causal_mask(3, 3), cache)
     same("in two pieces with a cache", theirs(x[:, 3:], real.causal_mask(2, 5), cache)[0],
          original(x, mask)[0][:, 3:], "Is the cache handed on to attention?")
+    theirs.dropout.p = 0.5
+    holds("dropout in training", not theirs.train()(x, mask)[0].equal(original(x, mask)[0]),
+          "Each part passes through self.dropout before it is added.")
 
 
 def positions_of(mine, real):
@@ -275,6 +289,10 @@ def positions_of(mine, real):
     same("left padding", mine.DecoderOnlyTransformer.positions_of(model(), tokens),
          model().positions_of(tokens), "In which column does the first row begin to count?",
          tokens.tolist())
+    tokens = torch.tensor([[PAD, 9, SEP, PAD, PAD], [4, 6, SEP, PAD, PAD]])
+    same("room for the answer on the right, as in `generate`",
+         mine.DecoderOnlyTransformer.positions_of(model(), tokens), model().positions_of(tokens),
+         "Positions go on counting behind the last real token.", tokens.tolist())
 
 
 # --- Training -------------------------------------------------------------------------
@@ -304,18 +322,30 @@ def train_epoch(mine, real):
         means = [m.train_epoch(model, loader, optimizer, scheduler, 0.5) for _ in range(2)]
         results.append((means, model.layers[0].feed_forward.up.weight.detach()))
     same("the mean losses of two epochs", torch.tensor(results[0][0]), torch.tensor(results[1][0]),
-         "backward() adds to what is in .grad. When is .grad emptied? And when is it clipped?")
+         "When is .grad emptied? When is it clipped? Does the scheduler make a step per batch?")
     same("the weights after two epochs", results[0][1], results[1][1],
          "Does the scheduler make a step after each batch?")
+    modes = []
+
+    def record(model, batch):
+        modes.append(model.training)
+        return mine.compute_loss(model, batch)
+
+    model = decoder(mine).eval()
+    optimizer, scheduler = create_optimizer(model, 1e-3, 6, 1)
+    mine.train_epoch(model, loader, optimizer, scheduler, 0.5, record)
+    holds("it calls loss_function, once per batch", len(modes) == 3,
+          "Fine-tuning hands in another loss. Which function do you call?")
+    holds("the model is in training mode", all(modes), "Dropout must be on. Who switches it on?")
 
 
 def lr_factor(mine, real):
     for step, question in ((0, "A rate of 0 wastes the first step."),
                            (19, "Warmup must end at 1."), (20, "The cosine must begin at 1."),
-                           (60, "Halfway, the cosine is in the middle."),
+                           (60, "Steps count from 0. Which number does the last one have?"),
                            (99, "The last step has final_factor."),
                            (140, "Beyond the last step, it stays there.")):
-        same(f"step {step} of 100, 20 of them warmup", float(mine.lr_factor(step, 100, 20, 0.1)),
+        same(f"lr_factor({step}, 100, 20, 0.1)", float(mine.lr_factor(step, 100, 20, 0.1)),
              float(real.lr_factor(step, 100, 20, 0.1)), question)
     same("no warmup", float(mine.lr_factor(0, 100, 0, 0.1)), 1.0, "Is there a division by 0?")
 
@@ -388,6 +418,10 @@ def mask_tokens(mine, real):
     holds("the rate differs from row to row, up to all", rates.unique().numel() == 5,
           "Each row draws its own rate, from min_rate to 1.")
     everything = mine.mask_tokens(batch, mask_share=1.0, random_share=0.0, min_rate=1.0)
+    one, two = (mine.mask_tokens(batch, generator=torch.Generator().manual_seed(5))
+                for _ in range(2))
+    holds("the same generator gives the same masks", one[0].equal(two[0]) and one[1].equal(two[1]),
+          "Who draws the random numbers: the generator that was given?")
     holds("the arguments are used", (everything[0][everything[1] != IGNORE_INDEX] == MASK).all(),
           "Is 0.8 written in the code where mask_share should be?")
 
@@ -424,7 +458,8 @@ def filter_logits(mine, real):
                 "top_p": "Does the token stay that crosses p? Sum the probabilities *before* it.",
                 "temperature": "Which operation sharpens: dividing by 0.5, or multiplying?"}
     for options in ({"top_k": 2}, {"top_k": 1}, {"top_p": 0.7}, {"top_p": 0.5}, {"top_p": 1.0},
-                    {"temperature": 0.5}, {"temperature": 2.0, "top_k": 3, "top_p": 0.6}):
+                    {"temperature": 0.5}, {"temperature": 2.0, "top_k": 3, "top_p": 0.6},
+                    {"top_k": 2, "top_p": 0.6}):
         found, expected = (m.filter_logits(logits.clone(), **options).softmax(-1)
                            for m in (mine, real))
         same(f"{options}, as probabilities", found, expected, question[list(options)[-1]],
@@ -443,6 +478,10 @@ def choose_next_token(mine, real):
          real.choose_next_token(logits, generated, repetition_penalty=2.0),
          "Dividing a negative logit makes it larger. Which operation lowers it?",
          "ids 0 and 1 were generated before")
+    logits, generated = torch.tensor([[4.0, 2.5, -9.0]]), torch.tensor([[0]])
+    same("a large logit, penalty 2", mine.choose_next_token(logits, generated,
+                                                            repetition_penalty=2.0),
+         torch.tensor([1]), "4 becomes 2. Do you divide by the penalty?", logits.tolist())
     rows, logits = 4000, rand(1, 5).float()
     nothing = torch.zeros(rows, 1, dtype=torch.long)
     for title, some in (("temperature 1", {}), ("top_k 2", {"top_k": 2}),
@@ -475,16 +514,26 @@ def generate(mine, real):
                  expected[:1], "Which position's logits choose the next token?")
             same("one prompt, with the cache", theirs.generate(prompts[:1], 8), expected[:1],
                  "Which columns are new to the cache, and which positions do they have?")
-        same(f"three prompts of different lengths, stop_at={ends}",
+        same(f"model {seed}: three prompts of different lengths, stop_at={ends}",
              theirs.generate(prompts, 8, stop_at=ends), expected,
              "Do mask and positions say that short prompts are padded on the left? Does one row "
-             "that ends early end the others? Is what follows cut off?")
+             "that ends early end the others? Is what follows cut off?", prompts)
     one = [m.generate(prompts, 6, temperature=1.0, top_k=4, stop_at=None,
                       generator=torch.Generator().manual_seed(3)) for m in (theirs, original)]
     same("sampling with a generator", one[0], one[1], "Are all options handed on?")
     one = [m.generate(prompts, 6, repetition_penalty=3.0, stop_at=None) for m in (theirs, original)]
     same("a repetition penalty", one[0], one[1],
          "Does it count the answer so far, or the prompt, too?")
+    widths = []
+    hook = theirs.embedding.register_forward_hook(lambda _, __, out: widths.append(out.size(1)))
+    theirs.dropout.p = 0.5
+    answers = theirs.train().generate(prompts, 6, stop_at=None)
+    hook.remove()
+    holds("with the cache, each column is sent once", sum(widths) == 4 + 5,
+          f"Yours sends {widths} columns. Which ones are cached already?")
+    same("no dropout, also for a model in training", answers,
+         original.generate(prompts, 6, stop_at=None), "Which mode must the model be in?")
+    holds("the model is in training mode again", theirs.training, "Who sets it back?")
 
 
 # --- T5 -------------------------------------------------------------------------------
@@ -497,6 +546,10 @@ def cross_attention(mine, real):
                                      original(x, causal, **given)):
         same(part, found, expected, "Which norm belongs to cross-attention? Where do its keys come "
                                     "from, and which mask do they have?")
+    theirs.dropout.p = 0.5
+    holds("dropout in training", not theirs.train()(x, causal, **given)[0].equal(
+        original(x, causal, **given)[0]), "Each part passes through self.dropout.")
+    theirs.eval()
     caches = [(layer.self_attention.new_cache(B, T), layer.cross_attention.new_cache(B, S))
               for layer in (theirs, original)]
     for start, end in ((0, 3), (3, 5)):
@@ -536,14 +589,17 @@ def tiny_gpt(mine, real):
              "One score per token, at each position.")
         holds("a later token changes no earlier prediction",
               torch.allclose(one[:, :7], two[:, :7], atol=1e-5), "Which token may attend to which?")
-        right = 0
+        right, wrong = 0, ""
         for i in range(100):
             number = f"{(i * 7919) % 10 ** (1 + i % 5):0{1 + i % 5}d}"
             ids, n = mine.encode(number), len(number)
             prompt = torch.tensor([ids[:n + 1]])
-            right += mine.generate(mine.model, prompt, n + 1)[0].tolist() == ids
+            answer = mine.generate(mine.model, prompt, n + 1)[0].tolist()
+            right += answer == ids
+            wrong = wrong or (f" The first wrong one: {number} gave the ids {answer}."
+                              if answer != ids else "")
     holds("95 of 100 numbers are right", right >= 95,
-          f"Yours: {right}. What is the loss? If it is low, which token may attend to which?")
+          f"Yours: {right}.{wrong} Is the loss low? Then which token may attend to which?")
 
 
 # --- For the bugs: parts that no blank covers ------------------------------------------
@@ -553,8 +609,8 @@ def new_model(mine, real):
         torch.manual_seed(0)
         m.built = decoder(m)
     for name, weight in real.built.state_dict().items():
-        same(f"first weights: {name}", mine.built.state_dict()[name], weight,
-             "How large are the first weights, and which weights are shared?")
+        holds(f"the first weights of {name}", mine.built.state_dict()[name].equal(weight),
+              "How large are the first weights, and which weights are shared?")
     theirs, original = twins(decoder, mine, real)
     tokens = torch.tensor([[10, 6, 13, SEP, 20, 16]])
     same("logits", theirs(tokens), original(tokens),

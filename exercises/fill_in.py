@@ -155,8 +155,9 @@ BLANKS = [
     Blank("train_step", "training", 45, "train_all.py", "train_step",
           "Gradient accumulation: several micro-batches, one step. The result is the gradient of "
           "the mean loss over *all* labels of the step, under PRECISION, with the scaler, and in "
-          "WORLD processes. Each micro-batch sets a seed of its own, from SEED, step, and number "
-          "(any formula that differs between them; the original's is in train_all.py).",
+          "WORLD processes. micro_batches and script.logits_and_labels do part of the work, and "
+          "dist.all_reduce sums a tensor over the processes. Each micro-batch sets a seed of its "
+          "own, from SEED, step, and number (any formula that differs between them).",
           "Micro-batches of different lengths give the gradient of the whole batch.",
           ("Two micro-batches have 30 labels and 2. Is the mean of their means the mean?",
            "Sum the losses. By what do you divide, and when?",
@@ -184,7 +185,8 @@ BLANKS = [
            "self.keys has room for max_len tokens. Which part of it is valid?",
            "Write into a slice, move the length, return a slice from 0.")),
     Blank("filter_logits", "generation", 20, "decoder_only.py", "filter_logits",
-          "Temperature, top-k, and top-p: exclude tokens by setting their logits to -inf.",
+          "Temperature, then top-k, then top-p among what is left: exclude tokens by setting "
+          "their logits to -inf.",
           "The token that crosses p stays. With k = 1, one token is left.",
           ("Is a token excluded by its own probability, or by the sum of those before it?",
            "All of this is easy if the logits are sorted. How do they get back into their order?",
@@ -224,7 +226,8 @@ BLANKS = [
           "turns \"407\" into the ids of `4 0 7 = four zero seven .` (`.` is 0, `=` is 1, then "
           "come ten digits and ten words), a trained `model` that turns ids "
           "(B, T) into logits (B, T, 22), and `generate(model, tokens, count)`, which appends "
-          "`count` tokens.",
+          "`count` tokens to a tensor (1, T). Numbers have one to five digits, such as \"007\". "
+          "The check runs your file, training included, for at most five minutes.",
           "No later token changes an earlier prediction, and 95 of 100 numbers are right.",
           ("Which parts does a GPT have, from ids to logits? Draw them before you write.",
            "What is the label at `=`, and which positions do not count?",

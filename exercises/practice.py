@@ -13,6 +13,7 @@ practice.py - write the parts, find the bugs, predict the numbers
 N is a number or a name. Your files are in exercises/work/. `check N --verbose` shows tracebacks.
 """
 import ast
+import contextlib
 import difflib
 import io
 import json
@@ -122,30 +123,34 @@ def original(exercise):
     return (ROOT / exercise.script).read_text(encoding="utf-8")
 
 
-def cut_out(text, place):
+def find_node(text, place):
+    """Return the syntax tree of the function `place`, such as "Class.method"."""
+    node = ast.parse(text)
+    for name in place.split("."):
+        node = next(child for child in node.body if getattr(child, "name", "") == name)
+    return node
+
+
+def cut_out(text, place, turn="your turn"):
     """Return `text` without the body of the function `place`, such as "Class.method".
 
     The signature and the docstring stay. A whole file (place "") keeps only its docstring.
     """
-    tree, lines = ast.parse(text), text.splitlines()
+    lines = text.splitlines()
     if not place:
-        return "\n".join(lines[:tree.body[0].end_lineno]) + "\n\n# Your turn.\n"
-    node = tree
-    for name in place.split("."):
-        node = next(child for child in node.body if getattr(child, "name", "") == name)
+        return "\n".join(lines[:ast.parse(text).body[0].end_lineno]) + "\n\n# Your turn.\n"
+    node = find_node(text, place)
     first = node.body[0]
     documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
     begin = first.end_lineno if documented else first.lineno - 1
     indent = " " * first.col_offset
-    turn = [f"{indent}raise NotImplementedError  # your turn"]
-    return "\n".join(lines[:begin] + turn + lines[node.end_lineno:]) + "\n"
+    blank = [f"{indent}raise NotImplementedError  # {turn}"]
+    return "\n".join(lines[:begin] + blank + lines[node.end_lineno:]) + "\n"
 
 
 def docstring(exercise):
     """Return the docstring of the function to write: its shapes, and often an example."""
-    node = ast.parse(original(exercise))
-    for name in exercise.entry.place.split("."):
-        node = next(child for child in node.body if getattr(child, "name", "") == name)
+    node = find_node(original(exercise), exercise.entry.place)
     return ast.get_docstring(node) or "(it has no docstring)"
 
 
@@ -165,7 +170,8 @@ def plant(text, mistakes):
         old, new = REPLACEMENTS[mistake]
         assert old in text, mistake
         text = text.replace(old, new)
-    return without_comments(text)
+    # A lone `pass` would show where a line was.
+    return re.sub(r"(?m)^( *)pass\n(?=\1\S)", "", without_comments(text))
 
 
 def with_header(text, exercise):
@@ -186,6 +192,10 @@ def fresh_text(exercise, mistakes=()):
     """Return what `start` writes."""
     text = original(exercise)
     if exercise.kind == "fill in":
+        for later in BLANKS:  # their solutions would be in sight
+            if later.script == exercise.script and later.place and exercise.entry.place \
+                    and BLANKS.index(later) > BLANKS.index(exercise.entry):
+                text = cut_out(text, later.place, f"the exercise {later.name} comes later")
         return with_header(cut_out(text, exercise.entry.place), exercise)
     return with_header(plant(text, mistakes or exercise.entry), exercise)
 
@@ -199,7 +209,8 @@ def solved_text(exercise):
 # --- Commands ---------------------------------------------------------------------------
 def show_list():
     progress, kind, group = load_progress(), None, None
-    following = next((e for e in exercises() if e.name not in progress["done"]), None)
+    finished = {*progress["done"], *progress["answers"]}
+    following = next((e for e in exercises() if e.name not in finished), None)
     for e in exercises():
         if e.kind != kind:
             kind, some = e.kind, [x for x in exercises() if x.kind == e.kind]
@@ -208,7 +219,8 @@ def show_list():
         if e.group != group:
             group = e.group
             print(f"  {group}")
-        mark = "x" if e.name in progress["done"] else ">" if e == following else " "
+        mark = "x" if e.name in progress["done"] else ">" if e == following else \
+            "-" if e.name in progress["answers"] else " "
         print(f"   [{mark}] {e.number:2}  {e.name:20s}{e.minutes:3} min   {e.script}")
     if following is None:
         print("\nAll done. The interview is left: python exercises/practice.py interview")
@@ -231,9 +243,7 @@ def start(exercise):
     else:
         WORK.mkdir(exist_ok=True)
         exercise.file.write_text(fresh_text(exercise), encoding="utf-8")
-    lines = exercise.file.read_text(encoding="utf-8").splitlines()
-    place = next((i for i, line in enumerate(lines, 1) if "your turn" in line.lower()), 1)
-    print(f"open   {exercise.path}, line {place}")
+    print(f"open   {exercise.path}{line_of(exercise)}")
     if exercise.kind == "fill in":
         print(textwrap.fill(f"task   {exercise.entry.task}", 88, subsequent_indent=7 * " "))
         print(textwrap.fill(f"right  {exercise.entry.right}", 88, subsequent_indent=7 * " "))
@@ -244,6 +254,15 @@ def start(exercise):
               "       wrong. If nothing is, read it. Then repair the bug.")
         print(f"run    python {exercise.path}")
     print(f"\nThen: python exercises/practice.py check {exercise.number}")
+
+
+def line_of(exercise):
+    """Return ", line N" of the function to write, if the learner's file still has it."""
+    try:
+        text = exercise.file.read_text(encoding="utf-8")
+        return f", line {find_node(text, exercise.entry.place).lineno}"
+    except (AttributeError, StopIteration, SyntaxError):
+        return ""
 
 
 def check(exercise, *words):
@@ -257,6 +276,11 @@ def check(exercise, *words):
         stop(f"{exercise.file.name} is the file of exercise {found[1]}: run `reset "
              f"{exercise.number}` to get the right one; yours is kept")
     print(f"{exercise.number} of {len(exercises())}, {exercise.name}", flush=True)
+    if exercise.kind == "find the bug" and exercise.number \
+            and exercise.file.read_text(encoding="utf-8") == fresh_text(exercise):
+        print("  nothing is repaired yet: run the file, and compare what it prints with what it "
+              "should")
+        return False
     limit = SLOW.get(exercise.name, SECONDS)
     try:
         code = subprocess.run([sys.executable, __file__, "run-check", exercise.name, *words],
@@ -269,17 +293,27 @@ def check(exercise, *words):
         progress["done"] = sorted({*progress["done"], exercise.name})
         save_progress(progress)
         print("  right")
+        if exercise.number and exercise.number < len(exercises()):
+            print(f"  next: start {exercise.number + 1}")
+    else:
+        print(f"  (hint {exercise.number or exercise.name} helps)")
     return code == 0
 
 
 def check_answer(exercise, words):
     """Store the learner's answer first, and then compute the truth."""
-    text = " ".join(words) or input("your answer: ")
-    numbers = [float(number) for number in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", text)]
-    if not numbers:
-        stop(f"{text!r} is not a number or a shape: write one such as 3.2 or 2,4,5,6")
+    try:
+        text = " ".join(words) or input("your answer: ")
+    except EOFError:
+        stop(f"write the answer behind it: check {exercise.number} 3.2")
+    plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text) if exercise.group == "sizes" else text
+    if not re.fullmatch(r"[\s(\[]*-?\d+\.?\d*(e-?\d+)?%?([\s,x]+\d+)*[\s)\]]*", plain):
+        stop(f"{ascii(text)} is not a number or a shape: write one such as 3.2 or 2,4,5,6")
+    numbers = [float(number) for number in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", plain)]
+    numbers = [number / 100 for number in numbers] if "%" in plain else numbers
     progress = load_progress()
-    progress["answers"][exercise.name] = text
+    first = exercise.name not in progress["answers"]
+    progress["answers"].setdefault(exercise.name, text)
     save_progress(progress)
     run = subprocess.run([sys.executable, __file__, "run-truth", exercise.name],
                          capture_output=True, text=True, timeout=300)
@@ -294,7 +328,9 @@ def check_answer(exercise, words):
         if isinstance(truth, float) else truth
     print(f"  yours  {text}\n  truth  {shown}\n  why    {exercise.entry.truth.__doc__}")
     print("  right" if right else "  not this time")
-    if right:
+    if not first:
+        print(f"  (your first answer counts: {progress['answers'][exercise.name]})")
+    if right and first:
         progress["done"] = sorted({*progress["done"], exercise.name})
         save_progress(progress)
     return right
@@ -319,12 +355,14 @@ def hint(exercise):
         print("The check tells you why. Commit to a number first: a wrong one teaches more.")
         return
     if exercise.kind == "find the bug":
-        place = {"loud": "Which stage is wrong first: the data, the loss, or the answers?",
+        stage = {"loud": "Which stage is wrong first: the data, the loss, or the answers?",
                  "quiet": "Compare a batch with its rows, and a run with and without the cache.",
-                 "silent": "Which property does each function promise? Test each with two numbers."}
-        hints = (place[exercise.group.split(":")[0]],
-                 "Run `check`: it tells you the first property that does not hold.",
-                 "Read the function that `check` names, next to its docstring.")
+                 "silent": "Which property does each function promise? Test it with two numbers."}
+        hints = (stage.get(exercise.group.split(":")[0], stage["silent"]),
+                 f"Look at {place_of(exercise)}." if exercise.number else "Test the functions one "
+                 "by one.",
+                 f"`check {exercise.number or exercise.name} --verbose` names the first property "
+                 "that does not hold.")
     else:
         hints = exercise.entry.hints
     progress = load_progress()
@@ -333,6 +371,15 @@ def hint(exercise):
     save_progress(progress)
     for number, text in enumerate(hints[:shown + 1], 1):
         print(f"{number} of {len(hints)}  {text}")
+
+
+def place_of(exercise):
+    """Return the name of the function in which a bug is planted."""
+    text = original(exercise)
+    line = text[:text.index(REPLACEMENTS[exercise.entry[0]][0])].count("\n") + 1
+    nodes = [node for node in ast.walk(ast.parse(text))
+             if isinstance(node, ast.FunctionDef) and node.lineno <= line <= node.end_lineno]
+    return max(nodes, key=lambda node: node.lineno).name
 
 
 def solution(exercise):
@@ -376,7 +423,7 @@ def interview():
             chosen.append(mistake)
     WORK.mkdir(exist_ok=True)
     exercise.file.write_text(fresh_text(exercise, chosen), encoding="utf-8")
-    progress["interview"] = {"began": time.time(), "bugs": chosen}
+    progress["interview"] = {"began": time.time()}  # not the bugs: a learner may look
     save_progress(progress)
     print(f"open   {exercise.path}\n"
           "task   A colleague sends you this GPT: \"It doesn't work, and I don't know why.\"\n"
@@ -414,15 +461,17 @@ def run_check(exercise, verbose=False):
         else:
             real = load(ROOT / exercise.script, "real")
         for one in wanted:
-            if exercise.kind != "fill in":
-                print(f"  {one.__name__}", flush=True)
-            try:
+            if exercise.kind == "fill in" or verbose:
                 one(mine, real)
+                continue
+            try:  # where the bug is must not be told
+                with contextlib.redirect_stdout(io.StringIO()):
+                    one(mine, real)
             except Exception:
-                if exercise.name != "interview":
-                    raise
                 failed += 1
-                print("  not yet")
+        if failed and exercise.name != "interview":
+            print("  wrong  the bug is still there, or there is a new one")
+            sys.exit(1)
     except checks.Wrong as error:
         first, *rest = str(error).splitlines()
         print("\n".join([f"  wrong  {first}", *(f"         {line}" for line in rest)]))
@@ -438,10 +487,14 @@ def run_check(exercise, verbose=False):
             traceback.print_exc()
         frames = [frame for frame in traceback.extract_tb(error.__traceback__)
                   if Path(frame.filename) == exercise.file]
+        mine = getattr(exercise.entry, "place", "").split(".")[-1]
+        frames = [frame for frame in frames if frame.name == mine] or frames
         if frames:
             print(f"  wrong  your line {frames[-1].lineno}: {frames[-1].line}")
         print(f"  {'      ' if frames else 'wrong '} {type(error).__name__}: "
               f"{str(error).splitlines()[0] if str(error) else ''}")
+        if exercise.kind == "fill in":
+            print(f"         right means: {exercise.entry.right}")
         sys.exit(1)
     if exercise.name == "interview":
         began = load_progress()["interview"]
@@ -460,6 +513,8 @@ COMMANDS = {"start": start, "check": check, "watch": watch, "hint": hint, "solut
 
 def main():
     command, *words = sys.argv[1:] or ["list"]
+    if command in ("help", "--help", "-h"):
+        return print(__doc__.strip())
     if command == "list" and not words:
         return show_list()
     if command == "interview" and not words:

@@ -164,26 +164,26 @@ def norm_after_clipping():
 QUESTIONS = [
     Question("first_loss", "losses", 3, "A GPT with 26 tokens has just been built, with small "
              "embeddings. What is its loss, in nats, before the first step?", first_loss, 0.05),
-    Question("large_embeddings", "losses", 5, "The same model, but its tied embeddings start with "
-             "standard deviation 1, and D = 64. What is its first loss now, roughly?",
-             first_loss_with_std_1, 0.3),
+    Question("large_embeddings", "losses", 5, "A GPT with 26 tokens and D = 64 has tied "
+             "embeddings that start with standard deviation 1. What is its first loss, roughly, "
+             "in nats?", first_loss_with_std_1, 0.3),
     Question("attention_weights", "sizes", 5, "How many parameters does attention have with D = 64 "
              "and 4 heads, biases included?", parameters_of_attention, 0),
-    Question("layer_weights", "sizes", 10, "And a whole layer with D = 64, d_ff = 256, biases, and "
-             "two norms with a gain and a shift?", parameters_of_a_layer, 0),
+    Question("layer_weights", "sizes", 10, "How many parameters does a whole layer have, with "
+             "D = 64, d_ff = 256, biases, and two norms with a gain and a shift?", parameters_of_a_layer, 0),
     Question("cache_bytes", "sizes", 5, "Two layers, D = 64, 32-bit numbers, one sequence of 10 "
              "tokens. How many bytes does the key/value cache take?", bytes_of_the_cache, 0),
     Question("score_shape", "shapes", 5, "Cross-attention: 2 targets of 5 tokens, 2 sources of 7, "
              "D = 24, 4 heads. What is the shape of the weights? Write 1,2,3,4",
              shape_of_scores, 0),
-    Question("head_shape", "shapes", 3, "The same model. What is the shape of the queries after "
-             "split_heads?", shape_of_a_head, 0),
+    Question("head_shape", "shapes", 3, "2 rows of 5 tokens, D = 24, 4 heads. What is the shape of "
+             "the queries after split_heads?", shape_of_a_head, 0),
     Question("pair_shape", "shapes", 5, "A batch of 4 0, 7, and 1 2 3. What is the shape of `pair` "
              "(digits, <SEP>, words)?", width_of_a_pair, 0),
     Question("two_keys", "numbers", 5, "One query has the scores 2, 0, and 2. What weight does the "
              "first key get?", weight_of_two_keys, 0.02),
-    Question("masked_key", "numbers", 5, "The third key is masked now. What weight does the first "
-             "one get?", weight_after_masking, 0.02),
+    Question("masked_key", "numbers", 5, "One query has the scores 2, 0, and 2, and the third key "
+             "is masked. What weight does the first key get?", weight_after_masking, 0.02),
     Question("mask_cells", "numbers", 5, "causal_mask(3, 5): three new queries, five keys, two of "
              "them cached. How many of the 15 cells are True?", allowed_cells, 0),
     Question("counted_labels", "numbers", 5, "A batch of 4 0, 7, and 1 2 3, for the decoder-only "

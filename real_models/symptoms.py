@@ -25,7 +25,7 @@ from housekeeping import run_script
 
 PROMPT = "The capital of France is Paris. The capital of Italy is"
 TEXT = ("The Eiffel Tower is a wrought-iron lattice tower on the Champ de Mars in Paris, France. "
-        "It is named after the engineer Gustave Eiffel, whose company designed and built the tower.")
+        "It is named after the engineer Gustave Eiffel, whose company built the tower.")
 
 
 # --- Mistakes in attention: another function in place of `attention` -------------------
