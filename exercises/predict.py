@@ -170,7 +170,8 @@ QUESTIONS = [
     Question("attention_weights", "sizes", 5, "How many parameters does attention have with D = 64 "
              "and 4 heads, biases included?", parameters_of_attention, 0),
     Question("layer_weights", "sizes", 10, "How many parameters does a whole layer have, with "
-             "D = 64, d_ff = 256, biases, and two norms with a gain and a shift?", parameters_of_a_layer, 0),
+             "D = 64, d_ff = 256, biases, and two norms with a gain and a shift?",
+             parameters_of_a_layer, 0),
     Question("cache_bytes", "sizes", 5, "Two layers, D = 64, 32-bit numbers, one sequence of 10 "
              "tokens. How many bytes does the key/value cache take?", bytes_of_the_cache, 0),
     Question("score_shape", "shapes", 5, "Cross-attention: 2 targets of 5 tokens, 2 sources of 7, "
