@@ -8,11 +8,12 @@ from conftest import MODELS, SCRIPTS, random_model
 import pytest
 import torch
 
+import decoder_only
 import encoder_only
 import training
 from housekeeping import InputError
-from toy_dataset import (FIRST_ORDINARY, IGNORE_INDEX, MASK, PAD, SEP, VOCABULARY, WORD_OF, WORDS,
-                         collate_fn, create_dataloaders, pad_rows)
+from toy_dataset import (EOS, FIRST_ORDINARY, IGNORE_INDEX, MASK, PAD, SEP, VOCABULARY, WORDS,
+                         WORD_OF, collate_fn, create_dataloaders, make_item, pad_rows)
 
 PAIRS = pad_rows([VOCABULARY.encode("4 0 7 2 9 <SEP> four zero seven two nine"),
                   VOCABULARY.encode("3 <SEP> three")] * 3000, PAD)  # (6000, 11)
@@ -352,3 +353,17 @@ def test_parameters_by_component_match_the_formulas_and_the_total(name):
                       **({"cross-attention": attention} if cross else {}),
                       **({"output bias": 26} if name == "encoder_only" else {})}
     assert sum(counts.values()) == training.count_parameters(new_model(name, num_layers=layers))
+
+
+def test_oh_replaces_some_zeros_in_the_labels_and_in_the_inputs_alike():
+    """The input at t + 1 is the label at t, also where 0 is spoken "oh"."""
+    batch = collate_fn([make_item(list(digits)) for digits in ("407", "00000", "9", "10") * 200])
+    spoken = decoder_only.say_oh(batch, share=0.3)
+    labels, zeros = spoken["pair_labels"], batch["pair_labels"] == VOCABULARY.ids["zero"]
+    said = labels == decoder_only.OH
+    assert (said & ~zeros).sum() == 0 and 0.25 < said.sum() / zeros.sum() < 0.35
+    inputs = labels[:, :-1]
+    shifted = (inputs != IGNORE_INDEX) & (inputs != EOS)
+    assert spoken["pair"][:, 1:][shifted].equal(inputs[shifted])
+    assert spoken["pair"][:, 0].equal(batch["pair"][:, 0])
+    assert batch["pair"].max() < decoder_only.OH  # the batch itself is unchanged
