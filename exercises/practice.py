@@ -469,6 +469,8 @@ def run_check(exercise, verbose=False):
                     one(mine, real)
             except Exception:
                 failed += 1
+                if exercise.name != "interview":
+                    break
         if failed and exercise.name != "interview":
             print("  wrong  the bug is still there, or there is a new one")
             sys.exit(1)
