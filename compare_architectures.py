@@ -11,7 +11,7 @@ Every number in a table is measured in this run.
     6 How to generate               from greedy to beam search, with undertrained models
     7 Ablations                     one change at a time, in a shallow and a deep model
 
-guide/architectures.md says which one to choose for a real task.
+guide/architectures.md says which architecture to choose for a real task.
 
 Run it:     python compare_architectures.py        (about 100 seconds on one CPU core)
 

@@ -405,7 +405,7 @@ class DecoderOnlyTransformer(BaseModel):
             positions    0     0     0     1      2      3      4
                          0     1     2     3      4      5      6
         """
-        # One line for wrong ids, or too many. The last new token is never an input.
+        # Refuses wrong ids and prompts that are too long. The last new token is never an input.
         self.check_input(prompts, max_new_tokens - 1, max_new_tokens=max_new_tokens,
                          temperature=temperature, top_k=top_k, top_p=top_p,
                          repetition_penalty=repetition_penalty)

@@ -23,8 +23,8 @@ digit. Keep this in mind when you compare its score with decoder_only.py and enc
 
 Run it:     python encoder_only.py        (about 25 seconds on one CPU core)
 Try it:     python encoder_only.py 4 0 7           (after the run; digits to words)
-Practice:   python exercises/practice.py start 10     (10, 14, 21, 22)
             python encoder_only.py four zero seven                 (words to digits)
+Practice:   python exercises/practice.py start 10     (10, 14, 21, 22)
 
 The last lines should be close to:
 

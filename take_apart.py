@@ -13,10 +13,10 @@ for this task. If the score falls, the rule misses something.
     encoder-only       column 4 has mask 0 and reads column 0: column q reads column q - n - 1
     encoder-decoder    target column q reads source column q
 
-The rules come from outside the model, and no weight changes. A rule knows the columns and the
-number of digits, but never which digits they are. A table holds the mean of what a module adds to a
-token's vector, measured on training sequences: for example, one mean for each column. Scores are
-the exact match on held-out sequences, without teacher forcing.
+The rules come from outside the model, and all weights stay as trained. A rule knows the columns and
+the number of digits, but never which digits they are. A table holds the mean of what a module adds
+to a token's vector, measured on training sequences: for example, one mean for each column. Scores
+are the exact match on held-out sequences, without teacher forcing.
 
 Run it:     python take_apart.py        (about 65 seconds on one CPU core)
 

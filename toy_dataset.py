@@ -16,7 +16,7 @@ Each architecture gets the same sequence in its own format:
 Run it:     python toy_dataset.py        (about 3 seconds, nearly all of it importing torch)
 Practice:   python exercises/practice.py start 1      (exercises 1 to 5)
 
-It prints the vocabulary, some sequences, and the positions in a row that count toward the loss.
+It prints the vocabulary, some sequences, and which positions of a row count toward the loss.
 The last lines should be:
 
     disjoint: 0 of 601 validation sequences occur in training

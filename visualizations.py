@@ -4,7 +4,7 @@ visualizations.py - draw figures that explain transformers, with the collection'
 Run it:     python visualizations.py        (about 20 seconds on one CPU core)
 
 It writes PNG files to figures/. Each title states the main point of its figure. The models come
-from checkpoints/, the learning curves from runs/. If a file is missing, and for the figures on
+from checkpoints/, the learning curves from runs/. Where a file is missing, and for the figures on
 generation, the script trains small models (about five seconds each).
 
 READING ORDER   style -> models -> one function per figure, named after its file -> main

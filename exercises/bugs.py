@@ -1,14 +1,14 @@
 """
 bugs.py - the exercises in which you find a bug
 
-The bugs are mistakes of tests/planted_mistakes.py: the same list with which the tests are tested.
-An entry names a mistake and the script in which it is planted. What it does to the script is not
-said: run it and see. The groups come from measurements (`python tests/measure_tries.py bugs`).
+The bugs come from tests/planted_mistakes.py, the same list that we use to test the tests. An entry
+names a mistake and the script in which it is planted. It does not say what the mistake does, so run
+the script and see. The groups come from measurements (`python tests/measure_tries.py bugs`).
 """
 
-LOUD = "loud: the score is near 0, or it stops"
-QUIET = "quiet: it learns, and the score is worse"
-SILENT = "silent: the score is perfect"
+LOUD = "loud: the score is near 0, or the script stops"
+QUIET = "quiet: the model learns, but the score is worse"
+SILENT = "silent: the score is perfect, or nearly so"
 
 BUGS = [  # (group, minutes, script, name of the planted mistake); the exercises are bug_01, ...
     (LOUD, 10, "decoder_only.py", "heads split without a transpose"),

@@ -2,8 +2,8 @@
 checks.py - what "right" means for each exercise, as an example and a few properties
 
 A check compares the learner's module `mine` with the original module `real`. It stops at the first
-thing that is wrong, and says what went in, what should come out, and what came out. A solution
-counts by what it does, never by its text. All sizes differ, so that exchanged axes show.
+thing that is wrong, and says what went in, what should come out, and what came out. A solution is
+judged by what it does, never by its text. All sizes differ, so swapped axes are caught.
 """
 import math
 from types import SimpleNamespace

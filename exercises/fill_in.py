@@ -44,13 +44,13 @@ BLANKS = [
     Blank("collate_fn", "the data", 20, "toy_dataset.py", "collate_fn",
           "Turn a list of items into one batch for all three architectures. The drawing in the "
           "docstring shows each tensor. The labels are the input, shifted by one position.",
-          "Read each column of the drawing from top to bottom: that pair is trained.",
+          "Read each column of the drawing from top to bottom: the model is trained on that pair.",
           ("At which position must the model predict <EOS>, and in which tensors does it occur?",
            "Which value pads labels, and which one pads inputs? Why not the same?",
            "Append <EOS> to each row of its own *before* you pad.")),
     Blank("exact_match", "the data", 5, "toy_dataset.py", "exact_match",
           "Return the fraction of rows that are equal to the expected ones, from start to end.",
-          "A right beginning with extra words does not count.",
+          "An answer that begins correctly but has extra words does not count.",
           ("Is [four, zero, seven] a correct answer to 4 0?",
            "Python compares lists element by element, and by length.",
            "Count the equal pairs, and divide once.")),
@@ -91,7 +91,7 @@ BLANKS = [
            "The last matrix mixes what the heads have found, so it comes after merging.")),
     Blank("causal_mask", "attention", 5, "decoder_only.py", "causal_mask",
           "Say which keys each query may attend to: those up to its own position.",
-          "The last query has the position of the last key, also if there are more keys than "
+          "The last query has the position of the last key, even if there are more keys than "
           "queries.",
           ("Which row of the mask is full of True?",
            "tril keeps a lower triangle. What does its argument `diagonal` move?",
@@ -106,7 +106,7 @@ BLANKS = [
            "Multiply positions (max_len, 1) by frequencies (D / 2,): every pair in one product.")),
     Blank("feed_forward", "the block", 5, "decoder_only.py", "FeedForward.forward",
           "Two linear layers with GELU between them. Dropout comes after the nonlinearity.",
-          "Each position is processed on its own, and the shape stays.",
+          "Each position is processed on its own, and the shape stays the same.",
           ("What would two linear layers without anything between them be equal to?",
            "Which layer makes the vector longer?",
            "From the inside out: up, GELU, dropout, down.")),
@@ -134,7 +134,7 @@ BLANKS = [
     Blank("compute_loss", "training", 10, "decoder_only.py", "compute_loss",
           "Return the mean cross-entropy of the labels of one batch. logits_and_labels has already "
           "run the model, and collate_fn has already shifted the labels.",
-          "Labels with IGNORE_INDEX do not count, neither in the sum nor in the number.",
+          "Labels equal to IGNORE_INDEX count toward neither the sum nor the number of labels.",
           ("F.cross_entropy wants one row of logits per label. Which dimensions become one?",
            "What happens if you shift labels that are shifted already?",
            "Flatten both, and tell F.cross_entropy which label to ignore.")),
@@ -148,7 +148,7 @@ BLANKS = [
     Blank("lr_factor", "training", 10, "training.py", "lr_factor",
           "The factor for the learning rate: a line up to 1 in warmup_steps, then half a cosine "
           "down to final_factor.",
-          "The first step is not lost, the peak is 1, and the last step has final_factor.",
+          "No step has a rate of 0, the peak is 1, and the last step has final_factor.",
           ("What does a learning rate of 0 in the first step change?",
            "Which part of the cosine goes from 1 down to -1, and how do you move it to 1 and 0?",
            "progress runs from 0 to 1 after warmup, and stays at 1 beyond the last step.")),
@@ -180,7 +180,7 @@ BLANKS = [
     # --- Generation ---
     Blank("append", "generation", 10, "decoder_only.py", "KeyValueCache.append",
           "Store new keys and values behind the ones that are cached, and return all so far.",
-          "In any pieces, the cache ends up the same as in one.",
+          "However many pieces the tokens come in, the cache ends up the same.",
           ("Where does the next free column begin?",
            "self.keys has room for max_len tokens. Which part of it is valid?",
            "Write into a slice, move the length, return a slice from 0.")),
@@ -201,7 +201,7 @@ BLANKS = [
     Blank("generate", "generation", 30, "decoder_only.py", "DecoderOnlyTransformer.generate",
           "The loop: send what is not cached, choose a token, append it, stop. Prompts are padded "
           "on the left.",
-          "A batch gives the same answers as its rows, and the cache changes nothing.",
+          "A batch gives the same answers as its rows alone, and the cache changes nothing.",
           ("What do positions and masks look like if a short prompt is padded on the left?",
            "How many columns has the cache already seen, and which ones are new?",
            "Allocate room for all new tokens first, and write each into its column.")),

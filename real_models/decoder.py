@@ -1,7 +1,7 @@
 """
 decoder.py - a chat model with 134.5 million weights in the blocks of variations/modern_decoder.py
 
-THE IDEA.  SmolLM2-135M-Instruct (Allal et al. 2025) is a small Llama. Its attention, layers, and
+THE IDEA.  SmolLM2-135M-Instruct (Allal et al. 2025) is a small Llama. Its attention, layers,
 cache, and `generate` are those of decoder_only.py, after five of the six steps of
 variations/modern_decoder.py. What still differs:
 
@@ -9,7 +9,7 @@ variations/modern_decoder.py. What still differs:
     key heads           half of the heads        3 for 9 query heads                   [1]
     rotary base         10,000                   100,000, for texts of 8192 tokens     [2]
     embedding scale     sqrt(D)                  1                                     [3]
-    token 0             padding                  a real token, so all ids grow by one  [4]
+    token 0             padding                  a real token, so we add 1 to each id  [4]
     tokens              26                       49,152 pieces of bytes                BytePairs
     weights             float32                  4 bits in the file (GGUF, Q4_1)       read_gguf
 
@@ -20,7 +20,7 @@ rows reordered: `from_folder` does that.
 
 Run it:     python -m pip install --no-deps -r real_models/requirements.txt
             python real_models/decoder.py "The capital of France is"
-            python real_models/decoder.py FOLDER "..."   (a Llama with safetensors, of your own)
+            python real_models/decoder.py FOLDER "..."   (your own Llama, in safetensors files)
 """
 import json
 import os

@@ -1,16 +1,16 @@
 """
 encoder.py - a sentence encoder with 22.6 million weights in the blocks of encoder_only.py
 
-THE IDEA.  The blocks that you read run real models. This one is all-MiniLM-L6-v2 (Reimers and
-Gurevych 2019, sentence-transformers): a BERT that turns a sentence into a vector, so that sentences
-with similar meanings get similar vectors. What differs from encoder_only.py:
+THE IDEA.  The blocks that you have read also run real models. This one is all-MiniLM-L6-v2 (Reimers
+and Gurevych 2019, sentence-transformers): a BERT that turns a sentence into a vector, so that
+sentences with similar meanings get similar vectors. What differs from encoder_only.py:
 
     what                    encoder_only.py         this model                   marked below
     norms                   before each part        after each sum, as in BERT   [1]
     positions               sinusoids               a learned table and a norm   [2]
     epsilon of the norms    1e-5                    1e-12                        [3]
     embedding scale         sqrt(D)                 1                            [4]
-    last norm               one                     none: each layer ends so     [5]
+    last norm               one                     none: each layer ends in one [5]
     tokens                  26                      30,522 pieces of words       WordPiece
     answer                  words at the masks      the mean of all vectors      embed
 

@@ -1,8 +1,8 @@
 """
 formats.py - read the files in which real models are published: safetensors and GGUF
 
-Both are plain: a header that names the tensors, and then their numbers. Nothing in them can run
-code, unlike pickle. Every length is compared with the file's size before anything is allocated.
+Both formats are plain: a header that names the tensors, and then their numbers. Nothing in them can
+run code, unlike pickle. Every length is compared with the file's size before anything is allocated.
 
 READING ORDER   locate -> read_safetensors -> read_gguf -> the two tokenizers
 """

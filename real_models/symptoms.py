@@ -2,9 +2,10 @@
 symptoms.py - what does this bug sound like? One mistake at a time in a model that can talk
 
 THE IDEA.  In the toy task, an answer is right or wrong. A real model shows *how* it is wrong: some
-mistakes make it repeat itself, some turn it to word salad, and some can't be heard at all. Each row
-plants one mistake in SmolLM2 (decoder.py), and prints the loss on a fixed text, in nats per token,
-and how the model continues a sentence. Then the weights are restored.
+mistakes make it repeat itself, some turn its output into word salad, and some can't be heard at
+all. For each row, the script plants one mistake in SmolLM2 (decoder.py), and prints the loss on a
+fixed text, in nats per token, and how the model continues a sentence. Then the weights are
+restored.
 
 Compare the loss with that of a guess: ln 49152 = 10.8. And look for the row that sounds right and
 is wrong: only a comparison with numbers that are known to be right finds it (tests/).

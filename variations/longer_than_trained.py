@@ -4,7 +4,7 @@ longer_than_trained.py - trained on up to five digits, correct on forty
 THE IDEA.  Most ways to encode positions fail beyond the length of the training sequences. A likely
 reason is that the model has never seen the new positions or distances. So give it only distances
 that it has seen. Clipped relative keys (Shaw et al. 2018, section 3.2) add to each key a learned
-vector, chosen by its distance from the query. In each direction, distances from CLIP = 2 up share:
+vector, chosen by its distance from the query. Distances of CLIP or more share one per direction:
 
     query minus key    ... -4  -3  -2  -1   0   1   2   3   4 ...
     vector               r0  r0  r0  r1  r2  r3  r4  r4  r4             score = q . (k + r)
@@ -18,7 +18,7 @@ the position of that word's digit:
                        count  0 1 2   0     1    2    3        restarts there (Cho et al. 2024)
                        Cho et al. also draw the first position at random in training.
 
-It builds in that word i depends on digit i, and nothing far away, so it wouldn't help with sorting.
+This builds in that word i depends on digit i and on nothing far away. Sorting needs more.
 
 Run it:     python variations/longer_than_trained.py        (about 30 seconds on one CPU core)
 """
