@@ -53,7 +53,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens):  # (B, T) -> (B, T, 22): a score for each possible next token
         # Attention ignores order, so each position adds a vector of its own: clock hands of many
-        # speeds. Next to it, tokens of size 0.02 would drown without the factor D ** 0.5.
+        # speeds. Without the factor D ** 0.5, tokens of size 0.02 would hardly count next to it.
         speeds = 10000.0 ** (-torch.arange(0, D, 2) / D)  # (D / 2,): how fast each angle turns
         angles = torch.arange(tokens.size(1))[:, None] * speeds  # (T, D / 2): one clock hand each
         positions = torch.stack([angles.sin(), angles.cos()], -1).flatten(1)  # (T, D)

@@ -465,7 +465,7 @@ def curves_of_last_run():
 
 
 def learning_curves(curves):
-    """The loss falls smoothly, while exact match jumps: one wrong token costs the whole answer."""
+    """Compare the two: a small fall of the loss can be a large rise of exact match."""
     read = curves_of_last_run()
     source = "small models, trained here" if read is None else "the last run of train_all.py"
     if read is None:

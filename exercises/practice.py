@@ -64,6 +64,11 @@ class Exercise(NamedTuple):
         return WORK / f"{self.number:02}_{self.name}.py"
 
     @property
+    def label(self):
+        """What follows a command: the number. The interview has none."""
+        return str(self.number or self.name)
+
+    @property
     def path(self):
         """How the file is called from the current folder."""
         return Path(os.path.relpath(self.file)).as_posix()
@@ -113,6 +118,12 @@ def save_progress(progress):
     temporary = WORK / "progress.tmp"
     temporary.write_text(json.dumps(progress, indent=1), encoding="utf-8")
     os.replace(temporary, WORK / "progress.json")
+
+
+def mark_done(exercise):
+    progress = load_progress()
+    progress["done"] = sorted({*progress["done"], exercise.name})
+    save_progress(progress)
 
 
 # --- The files that the learner works on ------------------------------------------------
@@ -270,12 +281,13 @@ def check(exercise, *words):
     if exercise.kind == "predict":
         return check_answer(exercise, words)
     if not exercise.file.exists():
-        stop(f"there is no {exercise.file.name}: run `start {exercise.number or exercise.name}`")
+        stop(f"there is no {exercise.file.name}: run `start {exercise.label}`")
     found = re.search(r"(?m)^# Exercise \d+, (\w+)\.", exercise.file.read_text(encoding="utf-8"))
     if found and found[1] != exercise.name:
         stop(f"{exercise.file.name} is the file of exercise {found[1]}: run `reset "
              f"{exercise.number}` to get the right one; yours is kept")
-    print(f"{exercise.number} of {len(exercises())}, {exercise.name}", flush=True)
+    print(f"{exercise.number} of {len(exercises())}, {exercise.name}" if exercise.number
+          else exercise.name, flush=True)
     if exercise.kind == "find the bug" and exercise.number \
             and exercise.file.read_text(encoding="utf-8") == fresh_text(exercise):
         print("  nothing is repaired yet: run the file, and compare what it prints with what it "
@@ -289,14 +301,12 @@ def check(exercise, *words):
         print(f"  stopped after {limit:.0f} seconds: is there a loop that never ends?")
         return False
     if code == 0:
-        progress = load_progress()
-        progress["done"] = sorted({*progress["done"], exercise.name})
-        save_progress(progress)
+        mark_done(exercise)
         print("  right")
         if exercise.number and exercise.number < len(exercises()):
             print(f"  next: start {exercise.number + 1}")
     else:
-        print(f"  (hint {exercise.number or exercise.name} helps)")
+        print(f"  (hint {exercise.label} helps)")
     return code == 0
 
 
@@ -305,7 +315,7 @@ def check_answer(exercise, words):
     try:
         text = " ".join(words) or input("your answer: ")
     except EOFError:
-        stop(f"write the answer behind it: check {exercise.number} 3.2")
+        stop(f"write the answer after the number: check {exercise.number} 3.2")
     plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text) if exercise.group == "sizes" else text
     if not re.fullmatch(r"[\s(\[]*-?\d+\.?\d*(e-?\d+)?%?([\s,x]+\d+)*[\s)\]]*", plain):
         stop(f"{ascii(text)} is not a number or a shape: write one such as 3.2 or 2,4,5,6")
@@ -331,8 +341,7 @@ def check_answer(exercise, words):
     if not first:
         print(f"  (your first answer counts: {progress['answers'][exercise.name]})")
     if right and first:
-        progress["done"] = sorted({*progress["done"], exercise.name})
-        save_progress(progress)
+        mark_done(exercise)
     return right
 
 
@@ -361,7 +370,7 @@ def hint(exercise):
         hints = (stage.get(exercise.group.split(":")[0], stage["silent"]),
                  f"Look at {place_of(exercise)}." if exercise.number else "Test the functions one "
                  "by one.",
-                 f"`check {exercise.number or exercise.name} --verbose` names the first property "
+                 f"`check {exercise.label} --verbose` names the first property "
                  "that does not hold.")
     else:
         hints = exercise.entry.hints
@@ -386,7 +395,7 @@ def solution(exercise):
     if exercise.kind == "predict":
         stop("the check tells you the answer: use `check`")
     if not exercise.file.exists():
-        stop(f"there is no {exercise.file.name}: run `start {exercise.number or exercise.name}`")
+        stop(f"there is no {exercise.file.name}: run `start {exercise.label}`")
     if input("Show the solution? Type yes: ").strip().lower() != "yes":
         return
     mine = exercise.file.read_text(encoding="utf-8")
@@ -479,7 +488,8 @@ def run_check(exercise, verbose=False):
         print("\n".join([f"  wrong  {first}", *(f"         {line}" for line in rest)]))
         sys.exit(1)
     except NotImplementedError:
-        print("  wrong  nothing is written yet: look for \"your turn\"")
+        print("  wrong  nothing is written yet: look for \"your turn\" (or your code calls a part\n"
+              "         of a later exercise, which is cut out, too)")
         sys.exit(1)
     except SyntaxError as error:
         print(f"  wrong  line {error.lineno} is not Python: {error.msg}\n         {error.text}")

@@ -281,3 +281,22 @@ def best_candidates(sums, logits, width):
     return totals.gather(1, order), parent, order - parent * vocabulary
 ''',
 }
+
+# Plausible wrong solutions that a check once accepted: (exercise, a part of it, what was written).
+WRONG = [
+    ("pad_rows", "[[*row]", "[[*map(float, row)]"),
+    ("softmax", "scores.softmax(-1)",
+     "(scores - scores.max()).exp() / (scores - scores.max()).exp().sum(-1, keepdim=True)"),
+    ("attention", "torch.finfo(scores.dtype).min", "-30.0"),
+    ("feed_forward", "self.dropout(F.gelu(self.up(x)))", "F.gelu(self.dropout(self.up(x)))"),
+    ("decoder_layer", "self.dropout(", "("),
+    ("cross_attention", "self.dropout(", "("),
+    ("positions_of", "(tokens != PAD).int().argmax(1, keepdim=True)",
+     "(tokens == PAD).sum(1, keepdim=True)"),
+    ("train_epoch", "    model.train()\n", ""),
+    ("train_epoch", "loss_function(model, batch)", "compute_loss(model, batch)"),
+    ("mask_tokens", "generator=generator", "generator=None"),
+    ("choose_next_token", "torch.where(scores > 0, scores / repetition_penalty, scores * "
+     "repetition_penalty)", "scores - math.log(repetition_penalty)"),
+    ("generate", "with self.evaluation_mode():", "if True:"),
+]

@@ -1,6 +1,6 @@
 """Plant common mistakes in a copy, one at a time: does a test fail for each?
 
-    python tests/planted_mistakes.py                 (about 25 minutes; a line for each mistake)
+    python tests/planted_mistakes.py                 (about 50 minutes; a line for each mistake)
     python tests/planted_mistakes.py variations      the same with mistakes in variations/
     python tests/planted_mistakes.py guide           the same with mistakes in the guide
 

@@ -14,7 +14,7 @@ import pytest
 
 import practice
 from conftest import ROOT
-from other_solutions import OTHERS
+from other_solutions import OTHERS, WRONG
 from planted_mistakes import MISTAKES
 
 BLANKS = [e for e in practice.exercises() if e.kind == "fill in"]
@@ -83,6 +83,15 @@ def test_each_planted_mistake_in_a_blank_fails(exercise, work):
             printed, passed = verdict(exercise, broken)
             assert not passed, name
             assert "wrong" in printed and printed.isascii()
+
+
+@pytest.mark.parametrize("name, old, new", WRONG)
+def test_a_plausible_wrong_solution_fails(name, old, new, work):
+    exercise = practice.find(name)
+    text, function = practice.solved_text(exercise), function_of(exercise)
+    assert old in function
+    printed, passed = verdict(exercise, text.replace(function, function.replace(old, new)))
+    assert not passed and "wrong" in printed
 
 
 def test_no_hint_contains_a_line_of_the_solution():

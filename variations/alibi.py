@@ -103,7 +103,6 @@ def run_checks():
 # --- The measurement ------------------------------------------------------------------
 def main():
     prepare(globals())
-    torch.set_num_threads(1)
     print("Slopes for 4 heads: " + "  ".join(f"{s:.4g}" for s in slopes_of(4).tolist()))
     print("Slopes for 3 heads: " + "  ".join(f"{s:.4g}" for s in slopes_of(3).tolist()))
     run_checks()

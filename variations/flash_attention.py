@@ -170,7 +170,6 @@ def step(function, length):
 
 def main():
     prepare(globals())
-    torch.set_num_threads(1)
     run_checks()
     ways = {"formula": attention, "tiles": flash_attention,
             "PyTorch's kernel": lambda *inputs: (F.scaled_dot_product_attention(*inputs), None)}

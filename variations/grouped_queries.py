@@ -123,7 +123,6 @@ def run_checks():
 def main():
     prepare(globals())
     check(d_model=64, NUM_HEADS=NUM_HEADS)
-    torch.set_num_threads(1)
     run_checks()
     key_heads = [g for g in range(NUM_HEADS, 0, -1) if NUM_HEADS % g == 0]
     print(f"\nThe measurement: exact match on held-out sequences, {NUM_HEADS} query heads. Then, "

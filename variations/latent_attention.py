@@ -151,7 +151,6 @@ def show_times(tokens=800):
 
 def main():
     prepare(globals())
-    torch.set_num_threads(1)
     run_checks()
     print(f"\nThe measurement: exact match on held-out sequences after {NUM_EPOCHS} epochs")
     print(f"  {'':32s}{'parameters':>12s}{'cache, bytes per token':>25s}{'exact match':>13s}")

@@ -173,7 +173,6 @@ def run_checks():
 # --- The measurement ------------------------------------------------------------------
 def main():
     prepare(globals())
-    torch.set_num_threads(1)
     run_checks()
     print(f"\nThe measurement: exact match on held-out sequences after {NUM_EPOCHS} epochs")
     seeds = range(SEED, SEED + (3 if FULL else 1))

@@ -127,7 +127,6 @@ def run_checks():
 # --- The measurement ------------------------------------------------------------------
 def main():
     prepare(globals())
-    torch.set_num_threads(1)
     run_checks()
     print(f"\nThe measurement: exact match after {NUM_EPOCHS} epochs on rows of up to 5 digits")
     print_row("", ["held out", *(f"{n} digits" for n in LONGER)])

@@ -137,7 +137,6 @@ def run_checks():
 # --- The measurement ------------------------------------------------------------------
 def main():
     prepare(globals())
-    torch.set_num_threads(1)
     run_checks()
     print(f"\nThe measurement: exact match on held-out sequences after {NUM_EPOCHS} epochs (window "
           f"3: {3 * NUM_EPOCHS}).\nWith n digits, a word is predicted n positions after its digit. "
