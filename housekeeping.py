@@ -88,7 +88,7 @@ def prepare(constants):
     """Check a script's constants (its `globals()`), set seed and threads, and return the device."""
     check(**{name: value for name, value in constants.items() if name.isupper()})
     torch.manual_seed(constants.get("SEED", 0))
-    torch.set_num_threads(constants.get("NUM_THREADS", 1))  # at this size, more are slower
+    torch.set_num_threads(constants.get("NUM_THREADS", 1))  # at this size, more gain little
     return choose_device(constants.get("DEVICE", "cpu"))
 
 

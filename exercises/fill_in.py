@@ -33,7 +33,7 @@ BLANKS = [
           "The longest row is unchanged, and so are the lists that came in.",
           ("How long must every row of the result be?",
            "How many times must `value` be appended to a row of length n?",
-           "Build a list of lists of equal length, and hand it to torch.tensor.")),
+           "Build a list of lists of equal length, and give it to torch.tensor.")),
     Blank("padding_mask", "the data", 5, "toy_dataset.py", "padding_mask",
           "Say which tokens may be attended to. The result is compared with scores of shape (B, H, "
           "T, S), so it needs four dimensions.",
@@ -179,7 +179,7 @@ BLANKS = [
            "Multiply by the mask before you sum, and divide by the sum of the mask.")),
     # --- Generation ---
     Blank("append", "generation", 10, "decoder_only.py", "KeyValueCache.append",
-          "Store new keys and values behind the ones that are cached, and return all so far.",
+          "Store new keys and values after the ones that are cached, and return all so far.",
           "However many pieces the tokens come in, the cache ends up the same.",
           ("Where does the next free column begin?",
            "self.keys has room for max_len tokens. Which part of it is valid?",

